@@ -1,0 +1,154 @@
+"""Advantages: how much better than expected. Estimators, not losses; nothing here has a gradient.
+
+Scores are one per sequence, rewards one per token. The completions of one prompt (a group) are
+consecutive in the batch.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+from minilm.losses.reduce import mean
+
+
+def generalized_advantages(
+    rewards: Float[Array, "B R"],
+    values: Float[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float32[Array, "B R"], Float32[Array, "B R"]]:
+    """GAE: from reward-to-go minus value (λ = 1, no bias) to the one-step error (λ = 0).
+
+    A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} − V_t, with V = 0 after the last real token.
+
+    Args:
+      rewards: per token.
+      values: the critic's prediction before each token.
+      mask: True on real tokens, which stand at the left; what lies on padding is never read.
+      gamma: discount per token.
+      lam: λ, the weight of later errors.
+    Returns:
+      (advantages, returns), returns = advantages + values the critic's target; both 0 on padding.
+    Raises:
+      ValueError: gamma or lam outside [0, 1].
+    Reference:
+      Schulman et al. (2016), High-Dimensional Continuous Control Using Generalized Advantage
+      Estimation, arXiv:1506.02438, eq. 16.
+
+    >>> rewards, mask = jnp.array([[0.0, 1.0, 9.0]]), jnp.array([[True, True, False]])
+    >>> advantages, returns = generalized_advantages(rewards, jnp.zeros((1, 3)), mask, lam=0.5)
+    >>> advantages.tolist()
+    [[0.5, 1.0, 0.0]]
+    """
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {number}")
+    rewards = jnp.where(mask, rewards.astype(jnp.float32), 0.0)
+    values = jnp.where(mask, values.astype(jnp.float32), 0.0)
+    # V after the last real token is 0, because padding is.
+    next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    deltas = rewards + gamma * next_values - values
+
+    def backward(later: Float32[Array, " B"], delta: Float32[Array, " B"]):
+        advantage = delta + gamma * lam * later
+        return advantage, advantage
+
+    start = jnp.zeros_like(deltas[:, 0])
+    _, advantages = jax.lax.scan(backward, start, deltas.T, reverse=True)
+    return advantages.T, advantages.T + values
+
+
+def leave_one_out(scores: Float[Array, " B"], *, group: int) -> Float32[Array, " B"]:
+    """RLOO: each score minus the mean of the others in its group, an unbiased baseline.
+
+    A_i = s_i − Σ_{j≠i} s_j / (G − 1) = (s_i − mean) G / (G − 1). Sums to 0 in each group.
+
+    Args:
+      scores: one per completion.
+      group: G, completions of a prompt.
+    Returns:
+      One advantage per completion, in the unit of the scores.
+    Raises:
+      ValueError: group below 2, or not a divisor of B.
+    Reference:
+      Ahmadian et al. (2024), Back to Basics, arXiv:2402.14740, after Kool et al. (2019).
+
+    >>> leave_one_out(jnp.array([1.0, 3.0, 5.0, 5.0]), group=2).tolist()
+    [-2.0, 2.0, 0.0, 0.0]
+    """
+    return group_mean(scores, group=group) * (group / (group - 1))
+
+
+def group_mean(scores: Float[Array, " B"], *, group: int) -> Float32[Array, " B"]:
+    """Dr. GRPO: each score minus its group's mean, without dividing by the spread.
+
+    A_i = s_i − mean(s). So a prompt whose completions hardly differ weighs little.
+
+    Args:
+      scores: one per completion.
+      group: completions of a prompt.
+    Returns:
+      One advantage per completion, in the unit of the scores.
+    Raises:
+      ValueError: group below 2, or not a divisor of B.
+    Reference:
+      Liu et al. (2025), Understanding R1-Zero-Like Training, arXiv:2503.20783, section 3.
+
+    >>> group_mean(jnp.array([1.0, 3.0, 5.0, 5.0]), group=2).tolist()
+    [-1.0, 1.0, 0.0, 0.0]
+    """
+    groups = _grouped(scores, group)
+    return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(-1)
+
+
+def group_z_score(scores: Float[Array, " B"], *, group: int) -> Float32[Array, " B"]:
+    """GRPO: each score as standard deviations from its group's mean.
+
+    A_i = (s_i − mean(s)) / (std(s) + 1e-4), std with G − 1, both as in TRL.
+    A group of equal scores has advantage 0.
+
+    Args:
+      scores: one per completion.
+      group: G, completions of a prompt.
+    Returns:
+      One advantage per completion, without unit.
+    Raises:
+      ValueError: group below 2, or not a divisor of B.
+    Reference:
+      Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, section 4.1.2.
+
+    >>> group_z_score(jnp.array([1.0, 2.0, 3.0, 5.0, 5.0, 5.0]), group=3).round(2).tolist()
+    [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    """
+    spread = jnp.std(_grouped(scores, group), axis=1, ddof=1, keepdims=True)
+    return (_grouped(group_mean(scores, group=group), group) / (spread + 1e-4)).reshape(-1)
+
+
+def whiten(values: Float[Array, "*batch"], mask: Bool[Array, "*batch"]) -> Float32[Array, "*batch"]:
+    """Mean 0 and variance 1 over the real elements of the whole batch, as PPO takes advantages.
+
+    (v − mean) / √(var + 1e-8), var with N. Elements under the mask do not count and come out as 0.
+
+    Args:
+      values: one per element.
+      mask: True on real elements.
+    Returns:
+      One number per element, without unit.
+    Reference:
+      Ziegler et al. (2019), arXiv:1909.08593; `whiten` in openai/lm-human-preferences.
+
+    >>> whiten(jnp.array([1.0, 3.0, 99.0]), jnp.array([True, True, False])).tolist()
+    [-1.0, 1.0, 0.0]
+    """
+    centred = jnp.where(mask, values.astype(jnp.float32) - mean(values, mask).value, 0.0)
+    return centred * jax.lax.rsqrt(mean(centred**2, mask).value + 1e-8)
+
+
+def _grouped(scores: Float[Array, " B"], group: int) -> Float32[Array, "prompts group"]:
+    if group < 2 or scores.shape[0] % group:
+        raise ValueError(
+            f"group must be at least 2 and divide the batch of {scores.shape[0]}, got {group}"
+        )
+    return scores.astype(jnp.float32).reshape(-1, group)

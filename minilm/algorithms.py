@@ -1,0 +1,154 @@
+"""RL algorithms as rows: an advantage estimator, terms, where KL enters, what is averaged over."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minilm.advantages import generalized_advantages, group_z_score, leave_one_out, whiten
+from minilm.config import RLHFConfig
+from minilm.losses.policy import (
+    approx_kl,
+    clip_fraction,
+    clipped_surrogate,
+    clipped_value_loss,
+    kl_estimate,
+    policy_gradient,
+)
+from minilm.objective import Objective, Term
+from minilm.rollout import Outputs, Rollout
+
+PerToken = Float[Array, "B R"]
+
+
+class Algorithm(NamedTuple):
+    """A row.
+
+    Attributes:
+      advantages: (rewards [B, R], rollout, config) -> (advantages [B, R], returns [B, R] | None).
+      terms: trained terms and their weights, a number or the config key that holds it.
+      kl_in_reward: the estimator subtracted from each token's reward, or None.
+      critic: whether the policy carries a value head, trained by the term `value`.
+      over: "token", every token weighs the same; "sequence", every completion does.
+    """
+
+    advantages: Callable[[PerToken, Rollout, RLHFConfig], tuple[PerToken, PerToken | None]]
+    terms: dict[str, float | str]
+    kl_in_reward: Literal["k1", "k2", "k3"] | None
+    critic: bool
+    over: Literal["token", "sequence"]
+
+
+class PolicyBatch(NamedTuple):
+    """A rollout, priced: what one update reads."""
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    mask: Bool[Array, "B R"]
+    old_logprobs: PerToken
+    ref_logprobs: PerToken
+    advantages: PerToken
+    old_values: PerToken | None
+    returns: PerToken | None
+
+
+def token_rewards(
+    algorithm: Algorithm, rollout: Rollout, score: Float[Array, "B"], kl_coef: float
+) -> PerToken:
+    """The score at the last token of each completion, less the KL penalty at every token.
+
+    r_t = −β k(t) + [t is last] · score; Ziegler et al. (2019), arXiv:1909.08593, eq. 2.
+    """
+    positions = jnp.arange(rollout.mask.shape[1])[None, :]
+    last = positions == jnp.sum(rollout.mask, axis=1, keepdims=True) - 1
+    rewards = jnp.where(last, score[:, None], 0.0)
+    if algorithm.kl_in_reward is None:
+        return rewards
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator=algorithm.kl_in_reward)
+    return rewards - kl_coef * jnp.where(rollout.mask, kl, 0.0)
+
+
+def _leave_one_out(rewards, rollout, config):
+    advantages = leave_one_out(jnp.sum(rewards, axis=1), group=config.group_size)
+    return _spread(advantages, rollout), None
+
+
+def _group_z_score(rewards, rollout, config):
+    advantages = group_z_score(jnp.sum(rewards, axis=1), group=config.group_size)
+    return _spread(advantages, rollout), None
+
+
+def _generalized(rewards, rollout, config):
+    advantages, returns = generalized_advantages(
+        rewards, rollout.values, rollout.mask, gamma=config.gamma, lam=config.lam
+    )
+    return whiten(advantages, rollout.mask), returns
+
+
+def _spread(advantages: Float[Array, "B"], rollout: Rollout) -> PerToken:
+    return jnp.where(rollout.mask, advantages[:, None], 0.0)
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    # Ahmadian et al. (2024), arXiv:2402.14740.
+    "rloo": Algorithm(_leave_one_out, {"policy_gradient": 1.0}, "k1", False, "token"),
+    # Shao et al. (2024), arXiv:2402.03300.
+    "grpo": Algorithm(
+        _group_z_score, {"clipped_surrogate": 1.0, "kl": "kl_coef"}, None, False, "sequence"
+    ),
+    # Schulman et al. (2017), arXiv:1707.06347; Ziegler et al. (2019), arXiv:1909.08593.
+    "ppo": Algorithm(
+        _generalized, {"clipped_surrogate": 1.0, "value": "value_coef"}, "k1", True, "token"
+    ),
+}
+
+
+def price(
+    algorithm: Algorithm, rollout: Rollout, score: Float[Array, "B"], config: RLHFConfig
+) -> PolicyBatch:
+    """Rewards and advantages of a rollout."""
+    rewards = token_rewards(algorithm, rollout, score, config.kl_coef)
+    advantages, returns = algorithm.advantages(rewards, rollout, config)
+    return PolicyBatch(
+        rollout.tokens, rollout.segments, rollout.mask, rollout.logprobs, rollout.ref_logprobs,
+        advantages, rollout.values, returns,
+    )
+
+
+def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
+    """The algorithm's terms with their weights, and TRL's diagnostics as terms of weight 0."""
+
+    def over_tokens(batch: PolicyBatch):
+        return batch.mask.astype(jnp.float32)
+
+    def over_sequences(batch: PolicyBatch):
+        mask = batch.mask.astype(jnp.float32)
+        return mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
+
+    over = {"token": over_tokens, "sequence": over_sequences}[algorithm.over]
+    values = {
+        "policy_gradient": lambda o, b: policy_gradient(o.logprobs, b.old_logprobs, b.advantages),
+        "clipped_surrogate": lambda o, b: clipped_surrogate(
+            o.logprobs, b.old_logprobs, b.advantages, clip=config.clip
+        ),
+        "kl": lambda o, b: kl_estimate(o.logprobs, b.ref_logprobs, estimator="k3"),
+        "value": lambda o, b: clipped_value_loss(
+            o.values, b.old_values, b.returns, clip=config.value_clip
+        ),
+    }
+    weights = {
+        name: getattr(config, weight) if isinstance(weight, str) else weight
+        for name, weight in algorithm.terms.items()
+    }
+    trained = [Term(f"loss/{n}", w, values[n], over) for n, w in weights.items()]
+    watched: dict[str, Callable[[Outputs, PolicyBatch], Array]] = {
+        "policy/entropy_avg": lambda o, b: o.entropy,
+        "policy/approxkl_avg": lambda o, b: approx_kl(o.logprobs, b.old_logprobs),
+        "policy/clipfrac_avg": lambda o, b: clip_fraction(
+            o.logprobs, b.old_logprobs, clip=config.clip
+        ),
+        "val/ratio": lambda o, b: jnp.exp(o.logprobs - b.old_logprobs),
+        "val/ratio_deviation": lambda o, b: jnp.abs(jnp.exp(o.logprobs - b.old_logprobs) - 1.0),
+    }
+    return Objective((*trained, *(Term(n, 0.0, f, over_tokens) for n, f in watched.items())))

@@ -1,0 +1,67 @@
+"""The one extension mechanism: a registry is a dict, a choice is a name and its options."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+
+from minilm.errors import UserError, nearest
+
+
+def choose[T](registry: Mapping[str, T], name: str, where: str) -> T:
+    """The row called `name`.
+
+    Raises:
+      UserError: no such row; names the key `where`, the rows there are and the nearest name.
+    """
+    if name not in registry:
+        close = nearest(name, registry)
+        raise UserError(
+            f"unknown name '{name}'",
+            where=where,
+            allowed=sorted(registry),
+            hint=f"did you mean '{close}'?" if close else None,
+        )
+    return registry[name]
+
+
+def bind[R](
+    registry: Mapping[str, Callable[..., R]], name: str, options: Mapping[str, object], where: str
+) -> Callable[..., R]:
+    """The function called `name` with keyword-only `options` fixed.
+
+    A name of the form `module:function` is imported, so that users extend a registry without
+    touching minilm.
+
+    Raises:
+      UserError: unknown name, a module that cannot be imported, an option the function lacks.
+    """
+    function = _imported(name, where) if ":" in name else choose(registry, name, where)
+    known = {
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for option in options:
+        if option not in known:
+            close = nearest(option, known)
+            raise UserError(
+                f"'{name}' has no option '{option}'",
+                where=where,
+                allowed=sorted(known) or "no options",
+                hint=f"did you mean '{close}'?" if close else None,
+            )
+    return functools.partial(function, **options)
+
+
+def _imported(name: str, where: str) -> Callable:
+    module, _, attribute = name.partition(":")
+    try:
+        found = vars(importlib.import_module(module))[attribute]
+    except ImportError as error:
+        raise UserError(f"cannot import module '{module}': {error}", where=where) from error
+    except KeyError:
+        raise UserError(f"module '{module}' has no function '{attribute}'", where=where) from None
+    if not callable(found):
+        raise UserError(f"'{name}' is not a function", where=where)
+    return found

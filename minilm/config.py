@@ -1,0 +1,225 @@
+"""What a run is: frozen, strict sections with a reason per default. Imports no JAX."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen section: unknown keys and wrong types are errors, never defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FablesCorpus(Section):
+    """Stories from minilm's own grammar, each with its exact log-probability."""
+
+    kind: Literal["fables"] = "fables"
+    size: Literal["small", "full"] = "full"
+    documents: Positive = 64_000
+    held_out: Share = 0.06
+
+
+class TextCorpus(Section):
+    """Local files: .txt (one document each), .jsonl, .csv or .parquet (a document a row)."""
+
+    kind: Literal["text"] = "text"
+    files: tuple[str, ...] = ()  # paths or globs
+    column: str = "text"  # of .jsonl, .csv and .parquet rows
+    held_out: Share = 0.1
+
+
+class HubCorpus(Section):
+    """A Hugging Face data set by name."""
+
+    kind: Literal["hub"] = "hub"
+    name: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    streaming: bool = False
+    max_documents: Positive | None = None
+    held_out: Share = 0.05
+
+
+class PydocCorpus(Section):
+    """The language reference that ships with CPython: real English, always there."""
+
+    kind: Literal["pydoc"] = "pydoc"
+    held_out: Share = 0.1
+
+
+Corpus = Annotated[
+    FablesCorpus | TextCorpus | HubCorpus | PydocCorpus, Field(discriminator="kind")
+]
+
+
+class TokenizerConfig(Section):
+    kind: Literal["bpe", "characters", "bytes"] = "bpe"
+    # For "bpe": 256 bytes, two special tokens and the merges. An upper bound for small corpora.
+    vocab_size: Annotated[int, Field(ge=258)] = 2048
+
+
+class ModelConfig(Section):
+    """Shape of the Qwen3-type decoder (RMSNorm, rotary, grouped-query attention, QK-norm, SwiGLU)."""
+
+    num_layers: Positive = 4
+    embed_dim: Positive = 128
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 4
+    head_dim: Positive = 32
+    mlp_dim: Positive = 352
+    rope_base: Rate = 1000.0  # short contexts: the 10 000 of the literature wastes channels
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads}): each key head serves equally many query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary turns pairs")
+        return self
+
+
+class BackendConfig(Section):
+    # "auto" measures in a child process and keeps the faster; a resume keeps the run's choice.
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    xla_flags: Literal["auto", "none"] = "auto"
+
+
+class OptimizerConfig(Section):
+    """One optimizer: name, rate, schedule. Weight decay falls on matrices only."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Rate = 1e-3
+    # Muon's own rate for matrices, in units of consistent update RMS (0.2 sqrt(max(dim))); the
+    # embedding, the head and the norms take `learning_rate` through Adam.
+    muon_learning_rate: Rate = 5e-3
+    weight_decay: NonNegative = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Rate = 1e-8
+    clip_norm: Rate = 1.0  # global norm of the gradient
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    warmup_steps: Natural = 0
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the peak rate, at the end
+    decay_fraction: Share = 0.2  # "wsd": share of the steps spent decaying
+    max_skipped: Positive = 20  # stop after so many non-finite updates in a row
+
+
+class LoopConfig(Section):
+    """What every training stage shares."""
+
+    batch_size: Positive = 8
+    accumulation: Positive = 1  # micro-batches a step; batch_size is the whole step's
+    optimizer: OptimizerConfig = OptimizerConfig()
+    log_every: Positive = 10
+    evaluate_every: Positive = 500
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+
+    @model_validator(mode="after")
+    def _divides(self) -> "LoopConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulation "
+                f"({self.accumulation})"
+            )
+        return self
+
+
+class PretrainConfig(LoopConfig):
+    """Next-token cross-entropy on the corpus."""
+
+    steps: Positive = 1500
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    validation_documents: Positive = 512  # read during training; the end reads the whole split
+    sample_count: Positive = 512  # stories sampled at the end for the parse share
+    max_new_tokens: Positive = 160  # of a sample
+
+
+class PromptsConfig(Section):
+    """Openings of held-out documents: disjoint sets, so nothing is tuned on what is reported."""
+
+    sentences: Positive = 2  # of the document make the prompt
+    max_tokens: Positive = 64  # longer prompts are left out
+    preferences: Positive = 1400
+    rlhf: Positive = 1500
+    development: Positive = 256  # read during RLHF; settings are tuned on these
+    evaluation: Positive = 512  # read once, at the end
+    max_new_tokens: Positive = 112  # of a completion
+
+
+class JudgeConfig(Section):
+    """Gold: the truth that only evaluation and the simulated raters see."""
+
+    # A row of minilm.judges.JUDGES, "module:function", or "none" where there is no truth.
+    name: str = "fables"
+    options: dict[str, str | int | float | bool] = {}
+
+
+class PreferencesConfig(Section):
+    """Bradley-Terry labels on pairs of completions, or a file of the user's own."""
+
+    file: str | None = None
+    completions: Annotated[int, Field(ge=2)] = 4  # a prompt; all pairs of them are labelled
+    temperature: Rate = 1.0  # of sampling
+    rater_temperature: Rate = 1.0  # P(chosen) = sigmoid(gold difference / rater_temperature)
+    raters: Positive = 5  # votes a pair; the label is their share
+    flip_rate: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    held_out: Share = 0.25  # of the prompts, for the reward model's evaluation
+    max_pairs: Positive | None = None  # for training; None keeps all
+    batch_size: Positive = 64  # of the sampler
+
+
+class RewardConfig(LoopConfig):
+    """A scalar head on the pretrained model, Bradley-Terry loss."""
+
+    epochs: Positive = 1
+    max_tokens: Positive = 192  # of prompt and completion; longer pairs are left out
+
+
+class RLHFConfig(LoopConfig):
+    """Fine-tune the policy on the learned reward. batch_size is derived: prompts x group."""
+
+    algorithm: str = "rloo"  # a row of minilm.algorithms.ALGORITHMS
+    steps: Positive = 60
+    prompts_per_step: Positive = 16
+    group_size: Annotated[int, Field(ge=1)] = 8  # completions a prompt
+    epochs: Positive = 1  # passes over a rollout
+    minibatches: Positive = 1
+    kl_coef: NonNegative = 0.04
+    clip: Rate = 0.2
+    value_clip: Rate = 0.2
+    value_coef: NonNegative = 0.1
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    temperature: Rate = 1.0  # divides the logits in rollout and update alike
+    # Score of a completion without end-of-text, in units of the reference's standard deviation.
+    missing_eos_score: float = -3.0
+    references: Positive = 4  # reference completions a prompt that the policy is compared with
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: Natural = 0
+    corpus: Corpus = FablesCorpus()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    backend: BackendConfig = BackendConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    judge: JudgeConfig = JudgeConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    reward: RewardConfig = RewardConfig()
+    rlhf: RLHFConfig = RLHFConfig()

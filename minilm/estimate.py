@@ -1,0 +1,89 @@
+"""What a config costs before anything runs: parameters, FLOPs, memory, minutes."""
+
+import jax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from minilm.config import Config
+from minilm.model import Transformer, flops_per_token, parameter_count
+
+# Shares of the measured matrix-product rate that each kind of work reached on two cores
+# (benchmarks/train_step.py, benchmarks/generate.py); the rest is copies, softmax, dispatch.
+TRAIN_EFFICIENCY = 0.35
+DECODE_EFFICIENCY = 0.12
+STARTUP_SECONDS = 25.0  # compiling and evaluating, a stage
+
+
+def model_shape(config: Config, *, scalar_head: bool = False) -> Transformer:
+    """The model as shapes, without allocating it."""
+    return jax.eval_shape(
+        lambda: Transformer(
+            config.model, config.tokenizer.vocab_size, scalar_head=scalar_head, rngs=nnx.Rngs(0)
+        )
+    )
+
+
+def minutes(stage: str, config: Config, environment: dict) -> float:
+    """Expected minutes of a stage on this machine, from FLOPs and its measured rate."""
+    rate = environment["matmul_gflops"] * 1e9
+    length = config.pretrain.sequence_length
+    train = flops_per_token(config.model, config.tokenizer.vocab_size, length)
+    prompts, rl, sampler = config.prompts, config.rlhf, config.preferences
+    sequence = prompts.max_tokens + prompts.max_new_tokens
+    completions = rl.prompts_per_step * rl.group_size
+    evaluations = 2 + rl.steps // rl.evaluate_every
+    sampled = {
+        "pretrain": config.pretrain.sample_count,
+        "preferences": prompts.preferences * sampler.completions * (not sampler.file),
+        "reward": 0,
+        "rlhf": rl.steps * completions + evaluations * prompts.development
+        + (prompts.development + prompts.evaluation) * rl.references,
+    }[stage]
+    trained = {
+        "pretrain": config.pretrain.steps * config.pretrain.batch_size * length,
+        "preferences": 0,
+        "reward": prompts.preferences * sampler.completions * config.reward.epochs * sequence,
+        # An update, and two forward passes (reference, reward) at a third of its cost each.
+        "rlhf": rl.steps * completions * sequence * (rl.epochs + 2 / 3),
+    }[stage]
+    decoded = sampled * prompts.max_new_tokens * train / 3
+    seconds = trained * train / (TRAIN_EFFICIENCY * rate) + decoded / (DECODE_EFFICIENCY * rate)
+    return (STARTUP_SECONDS + seconds) / 60
+
+
+def model_command(config: Config) -> None:
+    """`minilm model CONFIG`: parameters, FLOPs a token and memory of a training step."""
+    model = model_shape(config)
+    length, batch = config.pretrain.sequence_length, config.pretrain.batch_size
+    tokens = batch * length // config.pretrain.accumulation
+    count = parameter_count(model)
+    vocab = config.tokenizer.vocab_size
+    m = config.model
+    # Kept for the backward pass, a layer and token: residuals, norms, Q, K, V, attention weights
+    # and the MLP's three products; at the end logits, their softmax and its gradient in float32.
+    per_layer = 6 * m.embed_dim + 4 * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+    per_layer += 2 * m.num_heads * length + 4 * m.mlp_dim
+    activations = 4 * tokens * (m.num_layers * per_layer + 3 * vocab)
+    moments = {"adamw": 2, "muon": 2}[config.pretrain.optimizer.name]
+    rows = [
+        ("parameters", f"{count:,}"),
+        ("  of these embeddings", f"{vocab * m.embed_dim * (2 - m.tie_embeddings):,}"),
+        ("FLOPs per token, forward and backward", f"{flops_per_token(m, vocab, length):,}"),
+        ("tokens a step", f"{batch * length:,}"),
+        ("FLOPs of the pretraining",
+         f"{flops_per_token(m, vocab, length) * batch * length * config.pretrain.steps:.3g}"),
+        ("memory: parameters, float32", _mib(4 * count)),
+        ("memory: optimizer and gradient", _mib(4 * count * (moments + 1))),
+        ("memory: activations of a step, about", _mib(activations)),
+    ]
+    table = Table(title="model", title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

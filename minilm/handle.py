@@ -1,0 +1,139 @@
+"""`minilm.Run`: a run, a stage or a checkpoint as an object for notebooks and the command line."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from minilm import backend, checkpoint, metrics
+from minilm.config import BackendConfig, Config
+from minilm.errors import UserError
+from minilm.generate import stream
+from minilm.model import Transformer
+from minilm.rewards import Normalization
+from minilm.stages.evaluate import sample, texts_of
+from minilm.stages.reward import load_normalization, score_texts
+from minilm.stages.workspace import Workspace, load_model
+from minilm.text.tokenizer import Tokenizer
+
+
+class Run:
+    """What a trained run can do.
+
+    Args:
+      path: a run folder (its last policy is used), a stage folder or a checkpoint.
+    Raises:
+      UserError: no checkpoint there, or a damaged one.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.checkpoint = checkpoint.find(self.path)
+        self.metadata = checkpoint.metadata(self.checkpoint)
+
+    @functools.cached_property
+    def model(self) -> Transformer:
+        return load_model(self.checkpoint)[0]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.checkpoint / "tokenizer.json")
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The config that the checkpoint was made with."""
+        return Config.model_validate(self.metadata["config"], strict=False)
+
+    @property
+    def metrics(self) -> dict[str, list[dict]]:
+        """The records of `metrics.jsonl` of each stage in the run folder, by stage."""
+        files = sorted(self.path.glob("*/metrics.jsonl"))
+        return {f.parent.name: metrics.read(f) for f in files if ".old" not in f.parent.name}
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] = "",
+        *,
+        max_new_tokens: int = 160,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """One completion of each prompt."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        longest = max(len(self.tokenizer.encode(p)) for p in prompts) + 1
+        _, samples = sample(
+            self.model, self.tokenizer, prompts, jax.random.key(seed),
+            max_prompt_tokens=-(-longest // 16) * 16,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=min(64, len(prompts)),
+        )
+        return texts_of(samples, self.tokenizer)
+
+    def stream(
+        self, prompt: str, *, max_new_tokens: int = 160, temperature: float = 1.0,
+        top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+    ) -> Iterator[str]:
+        """A completion in pieces, as it is decoded."""
+        ids, shown = [], ""
+        start = [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
+        for part in stream(
+            self.model, start, jax.random.key(seed), max_new_tokens=max_new_tokens,
+            temperature=temperature, top_k=top_k, top_p=top_p,
+            eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
+        ):
+            ids += part
+            text = self.tokenizer.decode(ids).rstrip("\ufffd")  # half a character waits
+            yield text[len(shown) :]
+            shown = text
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """The run's learned reward of each completion, normalised as RLHF was paid.
+
+        Raises:
+          UserError: the path has no reward model.
+        """
+        folder = self.path / "reward" if (self.path / "reward").exists() else self.path
+        model, meta = load_model(checkpoint.find(folder))
+        if meta["stage"] != "reward":
+            raise UserError("not a reward model", where=folder, value=meta["stage"])
+        ws = Workspace(self.config, folder.parent, None, meta["compute_dtype"])
+        try:
+            normalization = load_normalization(ws)
+        except UserError:
+            normalization = Normalization(0.0, 1.0)
+        raw = score_texts(
+            model, self.tokenizer, prompts, completions, self.config.reward.max_tokens
+        )
+        return (raw - normalization.mean) / normalization.std
+
+
+def generate_command(
+    path: Path, prompts: list[str], *, max_new_tokens: int, temperature: float, top_k: int,
+    top_p: float, seed: int, count: int,
+) -> None:
+    """`minilm generate`: prints completions as they are decoded."""
+    backend.configure(BackendConfig(), _stored_choice(path))
+    run = Run(path)
+    for prompt in prompts:
+        for number in range(count):
+            print(prompt, end="", flush=True)
+            for piece in run.stream(
+                prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                top_p=top_p, seed=seed + number,
+            ):
+                print(piece, end="", flush=True)
+            print()
+
+
+def _stored_choice(path: Path) -> dict | None:
+    """The backend's choice of the run that a checkpoint lies in, where one is recorded."""
+    import json
+
+    for folder in (path, *path.absolute().parents):
+        file = folder / "environment.json"
+        if file.exists():
+            return json.loads(file.read_text()).get("choice")
+    return None

@@ -1,0 +1,56 @@
+"""Gold scorers: the truth that evaluation reads and simulated raters follow, never the trainer.
+
+A judge takes prompts and completions as text and returns one score each, the shape of TRL's reward
+functions. To add one, write such a function (options keyword-only) and name it in the config as
+`judge.name = "my_module:my_function"`, or add a row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from minilm.choices import bind
+from minilm.text.fables import gold
+
+Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+
+
+def fables(
+    prompts: Sequence[str], completions: Sequence[str], *, size: str = "full"
+) -> Float[np.ndarray, " B"]:
+    """Gold of the fables that prompts and completions make together (`minilm.text.fables.gold`).
+
+    >>> fables(["Once upon"], [" a time."]).round(2).tolist()
+    [-0.99]
+    """
+    pairs = zip(prompts, completions, strict=True)
+    return np.array([gold(p + c, size=size) for p, c in pairs], dtype=np.float32)
+
+
+def length(
+    prompts: Sequence[str], completions: Sequence[str], *, target: int
+) -> Float[np.ndarray, " B"]:
+    """Minus the distance of a completion's number of words from `target`, in units of `target`.
+
+    For text without a grammar: a truth that any corpus has.
+
+    >>> length(["", ""], ["one two", "one two three four"], target=4).tolist()
+    [-0.5, 0.0]
+    """
+    if target < 1:
+        raise ValueError(f"target must be at least 1 word, got {target}")
+    counts = [len(c.split()) for _, c in zip(prompts, completions, strict=True)]
+    return -np.abs(np.array(counts, dtype=np.float32) - target) / np.float32(target)
+
+
+JUDGES: dict[str, Callable[..., np.ndarray]] = {"fables": fables, "length": length}
+
+
+def judge(name: str, options: Mapping[str, object], where: str) -> Judge:
+    """The judge called `name` (a row, or "module:function") with its options fixed.
+
+    Raises:
+      UserError: unknown name or option; names the config key `where`.
+    """
+    return bind(JUDGES, name, options, where)

@@ -1,0 +1,107 @@
+"""Optimizers and schedules from a config section; who gets Muon, who gets weight decay."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from minilm.choices import choose
+from minilm.config import OptimizerConfig
+
+
+def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """Learning rate against step: linear warm-up to `peak`, then the named decay.
+
+    Args:
+      steps: of the whole run; the rate reaches `final_fraction * peak` there.
+    """
+    warmup = min(config.warmup_steps, max(steps - 1, 0))
+    rest = max(steps - warmup, 1)
+    final = config.final_fraction * peak
+    decays = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
+        "wsd": lambda: optax.join_schedules(
+            [
+                optax.constant_schedule(peak),
+                optax.linear_schedule(peak, final, max(round(rest * config.decay_fraction), 1)),
+            ],
+            [rest - max(round(rest * config.decay_fraction), 1)],
+        ),
+    }
+    decay = choose(decays, config.schedule, "optimizer.schedule")()
+    if warmup == 0:
+        return decay
+    # The first step already moves: rate (k + 1) / (warmup + 1), never zero.
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW or Muon. The tree may be an NNX Module itself.
+
+    Weight decay falls on matrices of the layers only: not on norms, not on the embedding or head.
+    Muon orthogonalises the layers' kernels; embedding, head, norms and scalar head take Adam
+    (Jordan et al. 2024), since `optax.contrib.muon` by default would take every 2-D leaf.
+    """
+    rate = schedule(config, steps, config.learning_rate)
+    rows = {
+        "adamw": lambda: optax.adamw(
+            rate,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=is_layer_matrix,
+        ),
+        "muon": lambda: optax.contrib.muon(
+            schedule(config, steps, config.muon_learning_rate),
+            weight_decay=config.weight_decay,
+            consistent_rms=0.2,  # Liu et al. (2025), arXiv:2502.16982, eq. 4
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        ),
+    }
+    optimizer = choose(rows, config.name, "optimizer.name")()
+    return _standard_promotion(
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    )
+
+
+def is_layer_matrix(params):
+    """A tree of booleans: True at the kernels of the layers (two dimensions, under `layers`)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.ndim == 2 and _name(path).startswith("layers."), params
+    )
+
+
+def _muon_dimensions(params):
+    return jax.tree.map(
+        lambda matrix: MuonDimensionNumbers(0, 1) if matrix else None, is_layer_matrix(params)
+    )
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _standard_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Optax's own updates mix weak types, which strict promotion (our tests) refuses."""
+
+    def init(params):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return inner.init(params)
+
+    def update(updates, state, params=None):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def global_norm(tree) -> jax.Array:
+    """Euclidean norm of all leaves together, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))

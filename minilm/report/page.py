@@ -1,0 +1,269 @@
+"""The page: what the files of a run say, brought into figures and handed to the template."""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from minilm.config import FablesCorpus
+from minilm.report import plots
+from minilm.report.files import Figures, RunFolder
+from minilm.report.plots import Line, Panel
+from minilm.text.fables import parse
+
+GOODHART_DROP = 0.3  # gold this far below its peak, while proxy rose, is called Goodhart
+LONG = 1800  # characters of a text shown
+LOUD = 5.0  # nats at which a token's colour is full
+
+
+def render(run: RunFolder) -> str:
+    """The page as HTML: a function of the folder's files alone."""
+    environment = Environment(
+        loader=PackageLoader("minilm.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
+    )
+    environment.filters |= {f.__name__: f for f in (fixed, percent, count, duration, shade)}
+    corpus, stages = run.config.corpus, ("pretrain", "preferences", "reward", "rlhf")
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        config=run.config,
+        size=corpus.size if isinstance(corpus, FablesCorpus) else None,
+        done={stage: run.summary(stage) for stage in stages},
+        seconds=sum(run.json(stage, "done.json")["wall_seconds"] or 0.0 for stage in stages),
+        first=next(iter(run.metrics("pretrain", "eval")), Figures()),
+        text=_text(run),
+        plots=_plots(run),
+        stories=_stories(run),
+        charges=_charges(run.json("pretrain", "loss_map.json")),
+        sheet=run.json("preferences", "datasheet.json"),
+        pair=_pair(run),
+        card=run.json("reward", "evaluation.json"),
+        policy=run.json("rlhf", "evaluation.json"),
+        goodhart=goodhart(run.metrics("rlhf", "eval")),
+        judged=any(r["gold"] is not None for r in run.metrics("rlhf", "eval")),
+        completions=_completions(run.rows("rlhf", "samples.jsonl")),
+        prompts=len(run.rows("rlhf", "samples.jsonl")),
+        loud=LOUD,
+    )
+
+
+def _plots(run: RunFolder) -> dict[str, Markup | None]:
+    """Every figure by name, None where there is nothing to draw."""
+    train, held_out = run.metrics("pretrain", "train"), run.metrics("pretrain", "eval")
+    reward, policy = run.metrics("reward", "train"), run.metrics("rlhf", "train")
+    sheet, table = (
+        run.json("preferences", "datasheet.json"),
+        run.json("reward", "evaluation.json")["reliability"],
+    )
+    floor = next((r["entropy_floor"] for r in held_out[::-1]), None)
+    above = [r for r in held_out if r["excess_loss"] is not None and r["excess_loss"] > 0]
+    pairs = [p for p in run.rows("preferences", "train.jsonl") if p["gold_chosen"] is not None]
+    gold = [
+        (name, [p[f"gold_{name}"] for p in pairs], colour)
+        for name, colour in (("chosen", plots.GOLD), ("rejected", plots.SOFT))
+    ]
+
+    def line(rows: Sequence[Figures], key: str, label: str, colour: str, marks: str = "") -> Line:
+        return Line([r["step"] for r in rows], [r[key] for r in rows], label, colour, marks)
+
+    loss = [
+        line(train, "loss", "training", plots.TRAIN),
+        line(held_out, "validation_loss", "held out", plots.MODEL, "o"),
+    ]
+    excess = line(above, "excess_loss", "held out", plots.MODEL, "o")
+    preference = line(reward, "loss", "training", plots.TRAIN)
+    accuracy = line(reward, "accuracy", "training", plots.TRAIN)
+    proxy = line(policy, "objective/scores", "proxy", plots.PROXY)
+    kl = line(policy, "objective/kl", "KL", plots.MODEL)
+    length = line(policy, "completions/mean_length", "length", plots.SOFT)
+    return {
+        "loss": plots.curves("loss", "step", [Panel("nats/token", loss, (floor, "entropy floor"))]),
+        "excess": plots.curves("excess", "step", [Panel("nats/token", [excess], scale="log")]),
+        "gold": plots.histograms("gold", "gold score", gold) if pairs else None,
+        "reward": plots.curves(
+            "reward", "step", [Panel("nats", [preference], (sheet["bayes_log_loss"], "Bayes floor"))]
+        ),
+        "accuracy": plots.curves("accuracy", "step", [Panel("share of votes", [accuracy])]),
+        "reliability": plots.reliability("reliability", table) if table else None,
+        "policy": plots.curves(
+            "policy", "step", [Panel("proxy", [proxy]), Panel("KL", [kl]), Panel("tokens", [length])], 4
+        ),
+        **_against_kl(run.metrics("rlhf", "eval")),
+    }
+
+
+def _against_kl(rows: Sequence[Figures]) -> dict[str, Markup | None]:
+    def lines(*names: tuple[str, str, str]) -> list[Line]:
+        return [
+            Line(
+                [r["kl"] for r in rows],
+                [r[key] for r in rows],
+                label,
+                colour,
+                "o",
+                ([r[f"{key}_low"] for r in rows], [r[f"{key}_high"] for r in rows])
+                if f"{key}_low" in rows[0]
+                else None,
+                rows[0][f"reference/{key}"],
+            )
+            for key, label, colour in names
+            if rows and rows[0][key] is not None
+        ]
+
+    scores = lines(("proxy", "proxy", plots.PROXY), ("gold", "gold", plots.GOLD))
+    shares = lines(
+        ("parse_share", "parse share", plots.PARSE), ("gold_win_rate", "gold win rate", plots.GOLD)
+    )
+    axis = "KL to the model before, nats a completion"
+    return {
+        "scores": plots.curves("scores", axis, [Panel("score", scores)]),
+        "shares": plots.curves("shares", axis, [Panel("share", shares, scale="share")]),
+    }
+
+
+def _text(run: RunFolder) -> Figures | None:
+    """What the held-out documents tell of the text."""
+    documents = run.rows("pretrain", "held_out.jsonl")
+    if not documents:
+        return None
+    words = [d["text"].split() for d in documents]
+    known = [d["logprob"] for d in documents if d["logprob"] is not None]
+    return Figures(
+        documents=len(documents),
+        words=sum(map(len, words)),
+        characters=sum(len(d["text"]) for d in documents),
+        distinct=len({w.strip(".,;:!?\"'()“”‘’").lower() for text in words for w in text}),
+        nats=-sum(known) if len(known) == len(documents) else None,
+        example=_cut(documents[0]["text"]),
+    )
+
+
+def _stories(run: RunFolder) -> list[Figures]:
+    """The first two samples and the first of each way to fail; `rest` is what left the grammar."""
+    corpus, shown, seen = run.config.corpus, [], set()
+    for number, row in enumerate(run.rows("pretrain", "samples.jsonl")):
+        text = row["text"]
+        if not isinstance(corpus, FablesCorpus):
+            shown += [Figures(text=_cut(text))] if number < 3 else []
+            continue
+        read = parse(text, size=corpus.size)
+        if number < 2 or (read.failure and read.failure not in seen):
+            seen.add(read.failure)
+            cut = read.prefix if read.failure == "break" else len(text)
+            shown.append(Figures(text=text[:cut], rest=text[cut:], kind=read.failure or "whole"))
+    return shown
+
+
+def _charges(stored: Figures) -> Figures | None:
+    """Tokens of one story with the model's and the grammar's charge; end-of-text comes last."""
+    if not stored:
+        return None
+    pieces = [*stored["tokens"], "⟨end⟩"][: len(stored["model"])]
+    model, known = stored["model"][: len(pieces)], stored["exact"] is not None
+    # After its last full stop a story ends for certain: the grammar charges nothing.
+    exact = [*(stored["exact"] or [0.0] * len(stored["tokens"])), 0.0][: len(pieces)]
+    tokens = [
+        Figures(piece=p, model=m, exact=e, over=m - e, before="".join(pieces[max(0, i - 6) : i]))
+        for i, (p, m, e) in enumerate(zip(pieces, model, exact, strict=True))
+    ]
+    worst = sorted(tokens, key=lambda token: -token["over"])[:5]
+    return Figures(tokens=tokens, known=known, model=sum(model), exact=sum(exact), worst=worst)
+
+
+def _pair(run: RunFolder) -> Figures | None:
+    """A pair that most but not all raters agree on: it shows what a label is."""
+    pairs = run.rows("preferences", "train.jsonl")[:200]
+    votes = [(p["votes_chosen"] or 1) / (p["votes"] or 1) for p in pairs]
+    found = min(range(len(pairs)), key=lambda i: abs(votes[i] - 0.8), default=None)
+    return None if found is None else Figures(pairs[found])
+
+
+def _completions(rows: Sequence[Figures]) -> list[Figures]:
+    """The first three prompts, and the one whose completion the proxy overrates most."""
+    rest = [r for r in rows[3:] if r["gold_after"] is not None]
+    most = max(rest, key=lambda r: r["proxy_after"] - r["gold_after"], default=None)
+    return [*rows[:3], *([Figures(most, why="where proxy and gold differ most")] if most else [])]
+
+
+def goodhart(evaluations: Sequence[Mapping[str, Any]]) -> str | None:
+    """One sentence with figures where gold turned down under a rising proxy, else None.
+
+    >>> rows = [{"step": s, "kl": s, "proxy": s, "gold": g} for s, g in enumerate((0, 1, 0.2))]
+    >>> goodhart(rows)[:62]
+    'Goodhart: gold peaked at 1.00 at KL 1.0 (step 1) and then fell'
+    """
+    known = [e for e in evaluations if e["gold"] is not None]
+    if not known:
+        return None
+    peak, last = max(known, key=lambda e: e["gold"]), known[-1]
+    drop = peak["gold"] - last["gold"]
+    if drop < GOODHART_DROP or last["proxy"] <= peak["proxy"]:
+        return None
+    return (
+        f"Goodhart: gold peaked at {fixed(peak['gold'], 2)} at KL {fixed(peak['kl'], 1)} "
+        f"(step {peak['step']}) and then fell by {fixed(drop, 2)} to {fixed(last['gold'], 2)} at "
+        f"KL {fixed(last['kl'], 1)}, while proxy rose from {fixed(peak['proxy'], 2)} to "
+        f"{fixed(last['proxy'], 2)}."
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONG else text[:LONG].rstrip() + " …"
+
+
+def shade(nats: float) -> str:
+    """Opacity of a token's colour: the root, so that small charges are seen too."""
+    return f"{min(1.0, max(0.0, nats) / LOUD) ** 0.5:.2f}"
+
+
+def fixed(value: float | None, digits: int) -> str:
+    """
+    >>> fixed(-0.25, 1), fixed(None, 2)
+    ('−0.2', '–')
+    """
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """
+    >>> percent(0.8125, 1)
+    '81.2 %'
+    """
+    return "–" if share is None else f"{fixed(100 * share, digits)} %"
+
+
+def count(number: float | None) -> str:
+    """
+    >>> count(64000)
+    '64,000'
+    """
+    return "–" if number is None else f"{number:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """
+    >>> duration(12.34), duration(135)
+    ('12.3 s', '2 min 15 s')
+    """
+    if seconds is None or seconds < 60:
+        return f"{fixed(seconds, 1)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s"
+
+
+def visible(text: str) -> str:
+    r"""Control, direction-changing and unpaired characters as escapes: a page must not obey them.
+
+    >>> visible("a\x00\u202eb\n")
+    'a\\x00\\u202eb\n'
+    """
+    if isinstance(text, Markup) or text.isprintable():
+        return text
+    odd = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs")} - {"\n", "\t"}
+    return text.translate({ord(c): ascii(c)[1:-1] for c in odd})

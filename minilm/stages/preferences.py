@@ -1,0 +1,102 @@
+"""Preferences: completions sampled from the pretrained model, all pairs labelled by raters."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from minilm.errors import UserError
+from minilm.judges import judge
+from minilm.stages.evaluate import sample, texts_of
+from minilm.stages.workspace import Workspace, read_jsonl, write_json, write_text
+from minilm.text.preferences import (
+    Pair,
+    bayes_rates,
+    dump_pairs,
+    label_pairs,
+    pair_probabilities,
+    pairs_from,
+)
+from minilm.text.prompts import prompt_sets
+
+
+def preferences(ws: Workspace) -> dict:
+    """Writes train.jsonl, held_out.jsonl (split by prompt) and datasheet.json."""
+    config = ws.config.preferences
+    pairs = _from_file(Path(config.file)) if config.file else _simulated(ws)
+    prompts = list(dict.fromkeys(p.prompt for p in pairs))
+    if len(prompts) < 2:
+        raise UserError(
+            "the pairs need at least two different prompts to be split by prompt",
+            where=config.file or "preferences", value=len(prompts),
+        )
+    order = np.random.default_rng((ws.config.seed, 21)).permutation(len(prompts))
+    count = min(max(1, round(config.held_out * len(prompts))), len(prompts) - 1)
+    held = {prompts[i] for i in order[:count]}
+    train = [p for p in pairs if p.prompt not in held]
+    if config.max_pairs is not None:
+        train = train[: config.max_pairs]
+    held_out = [p for p in pairs if p.prompt in held]
+    folder = ws.stage("preferences")
+    write_text(folder / "train.jsonl", dump_pairs(train))
+    write_text(folder / "held_out.jsonl", dump_pairs(held_out))
+    summary = {"pairs": len(train), "held_out_pairs": len(held_out), **describe(held_out, ws)}
+    write_json(folder / "datasheet.json", summary)
+    return summary
+
+
+def describe(pairs: list[Pair], ws: Workspace) -> dict:
+    """Bayes rates where gold is known, agreement, length bias."""
+    config = ws.config.preferences
+    dials = {"temperature": config.rater_temperature, "flip_rate": config.flip_rate}
+    known = all(p.gold_chosen is not None for p in pairs)
+    accuracy, log_loss = bayes_rates(pairs, **dials) if known else (None, None)
+    p = pair_probabilities(pairs, **dials)
+    gold = [g for pair in pairs for g in (pair.gold_chosen, pair.gold_rejected) if g is not None]
+    return {
+        "bayes_accuracy": accuracy,
+        "bayes_log_loss": log_loss,
+        "votes_agreement": float(np.mean([x.votes_chosen / x.votes for x in pairs])),
+        "expected_agreement": float((p**2 + (1 - p) ** 2).mean()),
+        "longer_chosen": float(np.mean([len(x.chosen) > len(x.rejected) for x in pairs])),
+        "gold_std": float(np.std(gold)) if gold else None,
+    }
+
+
+def _simulated(ws: Workspace) -> list[Pair]:
+    config, tokenizer = ws.config.preferences, ws.tokenizer
+    gold = judge(ws.config.judge.name, ws.config.judge.options, "judge.name")
+    if gold is None:
+        raise UserError(
+            "there is no judge to label pairs", where="judge.name", value=ws.config.judge.name,
+            hint="name a judge, or give your own pairs with --preferences.file FILE.jsonl",
+        )
+    prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).preferences
+    repeated = [p for p in prompts for _ in range(config.completions)]
+    _, samples = sample(
+        ws.load("pretrain"), tokenizer, repeated,
+        jax.random.fold_in(jax.random.key(ws.config.seed), 22),
+        max_prompt_tokens=ws.config.prompts.max_tokens,
+        max_new_tokens=ws.config.prompts.max_new_tokens,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+    )
+    texts = texts_of(samples, tokenizer)
+    scores = gold(repeated, texts).reshape(len(prompts), -1)
+    grouped = [
+        texts[i : i + config.completions] for i in range(0, len(texts), config.completions)
+    ]
+    return label_pairs(
+        prompts, grouped, scores, np.random.default_rng((ws.config.seed, 23)),
+        temperature=config.rater_temperature, raters=config.raters, flip_rate=config.flip_rate,
+    )
+
+
+def _from_file(path: Path) -> list[Pair]:
+    return pairs_from(read_jsonl(path), str(path))
+
+
+def load_pairs(ws: Workspace, name: str) -> list[Pair]:
+    """The stage's `train` or `held_out` pairs."""
+    path = ws.stage("preferences") / f"{name}.jsonl"
+    return pairs_from(read_jsonl(path), str(path))

@@ -1,0 +1,157 @@
+"""Where a stage finds its inputs: the run folder, another run's pretrained model, checkpoints."""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from minilm import checkpoint
+from minilm.config import Config, ModelConfig
+from minilm.errors import UserError
+from minilm.model import Transformer
+from minilm.text.corpora import Document
+from minilm.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """One run folder, seen by its stages.
+
+    Attributes:
+      out: the run folder.
+      init: another run folder whose tokenizer and pretrained model are used, or None.
+      compute_dtype: chosen by the backend, stored with the run.
+    """
+
+    config: Config
+    out: Path
+    init: Path | None
+    compute_dtype: str
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage; the pretrained one may be another run's."""
+        return (self.init if self.init and name == "pretrain" else self.out) / name
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return (self.init or self.out) / "tokenizer.json"
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.tokenizer_file)
+
+    def held_out(self) -> list[Document]:
+        """The held-out documents that pretraining set apart."""
+        rows = read_jsonl(self.stage("pretrain") / "held_out.jsonl")
+        return [Document(**row) for row in rows]
+
+    def metadata(self, stage: str, *, scalar_head: bool = False) -> dict:
+        """What a checkpoint needs besides arrays, so that it can be used alone."""
+        return {
+            "stage": stage,
+            "config": self.config.model_dump(mode="json"),
+            "model": self.config.model.model_dump(mode="json"),
+            "vocab_size": self.tokenizer.vocab_size,
+            "compute_dtype": self.compute_dtype,
+            "scalar_head": scalar_head,
+            "tokenizer": self.tokenizer.digest,
+        }
+
+    def load(self, stage: str, *, scalar_head: bool | None = None) -> Transformer:
+        """The last checkpoint of a stage as a model, checked against this run's tokenizer."""
+        path = checkpoint.find(self.stage(stage))
+        model, _ = load_model(path, scalar_head=scalar_head, compute_dtype=self.compute_dtype)
+        digest = checkpoint.metadata(path)["tokenizer"]
+        if digest != self.tokenizer.digest:
+            raise UserError(
+                f"the {stage} model was trained with another tokenizer",
+                where=path,
+                value=digest[:12],
+                allowed=self.tokenizer.digest[:12],
+                hint=f"--redo {stage}, or start a new run folder with --out",
+            )
+        return model
+
+
+def load_model(
+    path: Path, *, scalar_head: bool | None = None, compute_dtype: str | None = None
+) -> tuple[Transformer, dict]:
+    """A checkpoint's model and metadata.
+
+    Args:
+      scalar_head: None keeps what the checkpoint has; True adds a zero head where it has none.
+    Raises:
+      UserError: damaged or foreign checkpoint, naming the parameters that do not fit.
+    """
+    meta = checkpoint.metadata(path)
+    config = ModelConfig.model_validate_json(json.dumps(meta["model"]))
+    shape = {"compute_dtype": compute_dtype or meta["compute_dtype"], "rngs": nnx.Rngs(0)}
+    model = Transformer(config, meta["vocab_size"], scalar_head=meta["scalar_head"], **shape)
+    model = checkpoint.restore(path, model, prefix="model")
+    if scalar_head is not None and scalar_head != meta["scalar_head"]:
+        other = Transformer(config, meta["vocab_size"], scalar_head=scalar_head, **shape)
+        model = _with_head_of(other, model)
+    return model, meta
+
+
+def _with_head_of(target: Transformer, source: Transformer) -> Transformer:
+    """`target` with the parameters that both have taken from `source`."""
+    known = checkpoint.flatten(source)
+    names = list(checkpoint.flatten(target))
+    leaves, tree = jax.tree.flatten(target)
+    return jax.tree.unflatten(
+        tree, [known.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    )
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a JSON Lines file.
+
+    Raises:
+      UserError: missing file or a line that is not a JSON object, by number.
+    """
+    rows = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("missing file", where=path) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read: {error}", where=path) from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from error
+        if not isinstance(row, dict):
+            raise UserError("a line must be a JSON object", where=f"{path}:{number}", value=row)
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: written beside, flushed, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write: {error.strerror}", where=path) from error

@@ -1,0 +1,1 @@
+"""Text in and out: corpora, tokenizers, batches, preferences, and the world of fables."""

@@ -1,0 +1,141 @@
+"""Preference pairs: the JSON Lines format, Bradley-Terry labels, what can be known of them."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from minilm.errors import UserError
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt, and how many of `votes` raters chose the first.
+
+    `gold_*` are the judge's scores where there is a judge, else None.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    votes_chosen: int = 1
+    votes: int = 1
+    gold_chosen: float | None = None
+    gold_rejected: float | None = None
+
+
+def chosen_probability(gap: np.ndarray, *, temperature: float, flip_rate: float) -> np.ndarray:
+    """P(one rater prefers the first), Bradley and Terry (1952), with a share of flipped votes.
+
+    (1 − f) σ(gap / temperature) + f (1 − σ(gap / temperature)).
+    """
+    clean = 0.5 * (1 + np.tanh(np.asarray(gap, np.float64) / (2 * temperature)))
+    return (1 - flip_rate) * clean + flip_rate * (1 - clean)
+
+
+def label_pairs(
+    prompts: Sequence[str],
+    completions: Sequence[Sequence[str]],
+    gold: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    temperature: float,
+    raters: int,
+    flip_rate: float,
+) -> list[Pair]:
+    """All pairs of each prompt's different completions, labelled by simulated raters.
+
+    The completion with more votes is `chosen`; a tie is drawn.
+
+    Args:
+      gold: [prompts, completions].
+    """
+    pairs = []
+    for prompt, texts, scores in zip(prompts, completions, gold, strict=True):
+        for i, j in itertools.combinations(range(len(texts)), 2):
+            if texts[i] == texts[j]:
+                continue
+            p = chosen_probability(
+                scores[i] - scores[j], temperature=temperature, flip_rate=flip_rate
+            )
+            votes = int(rng.binomial(raters, p))
+            tie_to_first = bool(rng.random() < 0.5)
+            if 2 * votes < raters or (2 * votes == raters and not tie_to_first):
+                i, j, votes = j, i, raters - votes
+            pairs.append(
+                Pair(prompt, texts[i], texts[j], votes, raters, float(scores[i]), float(scores[j]))
+            )
+    return pairs
+
+
+def bayes_rates(
+    pairs: Sequence[Pair], *, temperature: float, flip_rate: float
+) -> tuple[float, float]:
+    """Best possible accuracy and log-loss against one rater's label: E max(p, 1−p), E H(p)."""
+    p = pair_probabilities(pairs, temperature=temperature, flip_rate=flip_rate)
+    q = np.clip(p, 1e-300, 1 - 1e-16)
+    return float(np.maximum(p, 1 - p).mean()), float(-(p * np.log(q) + (1 - p) * np.log1p(-q)).mean())
+
+
+def pair_probabilities(
+    pairs: Sequence[Pair], *, temperature: float, flip_rate: float
+) -> np.ndarray:
+    """P(one rater prefers `chosen`) where gold is known; else the observed share of votes."""
+    return np.array(
+        [
+            p.votes_chosen / p.votes
+            if p.gold_chosen is None or p.gold_rejected is None
+            else float(
+                chosen_probability(
+                    p.gold_chosen - p.gold_rejected, temperature=temperature, flip_rate=flip_rate
+                )
+            )
+            for p in pairs
+        ]
+    )
+
+
+def dump_pairs(pairs: Sequence[Pair]) -> str:
+    """The pairs as JSON Lines text; keys without a value are left out."""
+    rows = ({k: v for k, v in p._asdict().items() if v is not None} for p in pairs)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+REQUIRED = ("prompt", "chosen", "rejected")
+NUMBERS = {"votes_chosen": int, "votes": int, "gold_chosen": float, "gold_rejected": float}
+
+
+def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
+    """Pairs from JSON objects, TRL's `{prompt, chosen, rejected}` included; extra keys are ignored.
+
+    Raises:
+      UserError: a missing field or a value of the wrong type, by line number.
+    """
+    if not rows:
+        raise UserError("no preference pairs", where=where)
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        place = f"{where}:{number}"
+        for key in REQUIRED:
+            if key not in row:
+                raise UserError(
+                    f"missing field '{key}'", where=place, value=sorted(row),
+                    allowed="prompt, chosen, rejected; optional: " + ", ".join(NUMBERS),
+                )
+            if not isinstance(row[key], str):
+                raise UserError(f"'{key}' must be a text", where=place, value=row[key])
+        for key, kind in NUMBERS.items():
+            value = row.get(key)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int if kind is int else int | float)
+            ):
+                raise UserError(f"'{key}' must be a number", where=place, value=value)
+        pair = Pair(**{k: row[k] for k in Pair._fields if row.get(k) is not None})
+        if not 0 <= pair.votes_chosen <= pair.votes or pair.votes < 1:
+            raise UserError(
+                "votes_chosen must lie between 0 and votes", where=place,
+                value=(pair.votes_chosen, pair.votes),
+            )
+        pairs.append(pair)
+    return pairs

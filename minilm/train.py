@@ -1,0 +1,290 @@
+"""The one training loop: a jitted, donated step, and `fit`, which never loses a run."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+from minilm import checkpoint
+from minilm.config import LoopConfig
+from minilm.errors import UserError
+from minilm.losses.reduce import Mean
+from minilm.metrics import MetricsLog, Progress, read
+from minilm.model import Transformer
+from minilm.objective import Objective
+from minilm.optim import global_norm
+
+SAMPLE_AFTER = 40.0  # seconds into a stage by which a user has seen a first sample
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that must resume.
+
+    Attributes:
+      step: updates made so far.
+      extra: counters and coefficients that outlive a step: `skipped` (non-finite updates so far),
+        `skipped_in_a_row`.
+    """
+
+    step: Int[Array, ""]
+    model: Transformer
+    opt_state: Any
+    extra: dict[str, Array]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came; the state has been saved."""
+
+
+def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state that owns its arrays: the step donates them, so a shared model must be copied."""
+    model = jax.tree.map(jnp.copy, model)
+    extra = {"skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0)}
+    return TrainState(jnp.int32(0), model, optimizer.init(model), extra)
+
+
+def make_train_step(
+    forward: Callable[[Transformer, Any], Any],
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Mean]]]:
+    """One optimizer step as a jitted function that donates the state.
+
+    Args:
+      forward: (model, batch) -> outputs that the objective's terms read.
+      accumulation: micro-batches, split off the leading axis; the gradient is that of the whole
+        batch, since the terms' denominators are the whole batch's.
+    Returns:
+      (state, batch) -> (state, metrics). A non-finite gradient changes nothing but the counters
+      `skipped`; metrics hold every term, `loss`, `grad_norm`, `skipped_in_a_row`.
+    """
+
+    def gradients(model, batch):
+        counts = objective.counts(batch)
+
+        def loss(model, part):
+            totals = objective.totals(forward(model, part), part)
+            return objective.loss(totals, counts), totals
+
+        differentiate = jax.value_and_grad(loss, has_aux=True)
+        if accumulation == 1:
+            (value, totals), grads = differentiate(model, batch)
+            return value, totals, counts, grads
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+
+        def add(carry, part):
+            (value, totals), grads = differentiate(model, part)
+            return jax.tree.map(jnp.add, carry, (value, totals, grads)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(differentiate, model, first)
+        (value0, totals0), grads0 = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (value, totals, grads), _ = jax.lax.scan(add, (value0, totals0, grads0), parts)
+        return value, totals, counts, grads
+
+    def step(state: TrainState, batch):
+        value, totals, counts, grads = gradients(state.model, batch)
+        norm = global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(value)
+
+        def update(model, opt_state, grads):
+            updates, opt_state = optimizer.update(grads, opt_state, model)
+            return optax.apply_updates(model, updates), opt_state
+
+        def skip(model, opt_state, grads):
+            return model, opt_state
+
+        model, opt_state = jax.lax.cond(
+            finite, update, skip, state.model, state.opt_state, grads
+        )
+        missed = jnp.where(finite, 0, 1).astype(jnp.int32)
+        in_a_row = jnp.where(finite, 0, state.extra["skipped_in_a_row"] + 1).astype(jnp.int32)
+        extra = state.extra | {
+            "skipped": state.extra["skipped"] + missed, "skipped_in_a_row": in_a_row
+        }
+        one = jnp.float32(1)
+        metrics = objective.means(totals, counts) | {
+            "loss": Mean(value, one),
+            "grad_norm": Mean(norm, one),
+            "skipped_in_a_row": Mean(in_a_row.astype(jnp.float32), one),
+        }
+        return TrainState(state.step + 1, model, opt_state, extra), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def fit(
+    state: TrainState,
+    step: Callable[[TrainState, int], tuple[TrainState, Mapping[str, Any]]],
+    *,
+    title: str,
+    steps: int,
+    loop: LoopConfig,
+    folder: Path,
+    metadata: dict,
+    files: Mapping[str, Path],
+    learning_rate: optax.Schedule,
+    tokens_per_step: int = 0,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    best: str | None = None,
+    sample: Callable[[TrainState], str] | None = None,
+) -> tuple[TrainState, dict]:
+    """Runs `steps` steps from wherever the newest valid checkpoint in `folder` stands.
+
+    The order at a boundary is: read pending metrics, save, evaluate. A run killed at any instant
+    and started again is, bit for bit, the run that was not killed.
+
+    Args:
+      state: the initial state; also the shape that a checkpoint must have.
+      step: (state, k) -> (state, metrics); metrics are `Mean`s or numbers.
+      metadata, files: stored with every checkpoint.
+      evaluate: run at step 0, every `loop.evaluate_every` steps and at the end.
+      best: the evaluated metric whose lowest checkpoint is kept too.
+      sample: a text shown at a quarter, half and the end, and within a minute of the start.
+    Returns:
+      The last state, and a record with `seconds` (of stepping, over all sessions),
+      `tokens_per_second` and the last evaluation.
+    Raises:
+      Interrupted: after a signal, once the state is saved.
+      UserError: non-finite updates `max_skipped` times in a row, a full disk.
+    """
+    checkpoints = folder / "checkpoints"
+    found = checkpoint.latest(checkpoints)
+    done, seconds = 0, 0.0
+    if found:
+        state = checkpoint.restore(found, state)
+        stored = checkpoint.metadata(found)
+        done, seconds = stored["step"], stored["seconds"]
+    log = MetricsLog(folder / "metrics.jsonl", keep_until=done if found else -1)
+    evaluations = {r["step"]: r for r in read(folder / "metrics.jsonl") if r["kind"] == "eval"}
+    milestones = {max(steps // 4, 1), max(steps // 2, 1), steps} if sample else set()
+
+    def save(step_count: int, seconds: float) -> None:
+        nonlocal saved
+        saved = checkpoint.save(
+            checkpoints, step_count, state,
+            metadata | {"seconds": seconds, "steps": steps, "metrics": last_metrics},
+            keep=loop.keep_checkpoints, files=files,
+        )
+
+    def evaluate_now(step_count: int) -> None:
+        if evaluate is None or step_count in evaluations:
+            return
+        values = {k: v for k, v in evaluate(state).items() if v is not None}
+        log.log(step_count, values, kind="eval")
+        evaluations[step_count] = {"step": step_count, "kind": "eval", **values}
+        if best and saved:
+            checkpoint.set_best(saved, values[best])
+        progress.note(_line(f"{title} {step_count}/{steps}", values))
+
+    last_metrics: dict = {}
+    saved = found
+    window: list[dict] = []
+    sampled = done > 0
+    with _Signals() as signals, Progress(title, steps, start=done) as progress:
+        if found and done:
+            progress.note(f"{title}: resumed at step {done} from {found.name}")
+        if done == 0 or done == steps or done % loop.evaluate_every == 0:
+            evaluate_now(done)
+        previous = None
+        clock = time.perf_counter()
+        for k in range(done, steps):
+            state, metrics = step(state, k)
+            if previous is not None:  # reading step k - 1 while step k runs: no idle device
+                window.append(jax.device_get(previous))
+            previous = metrics
+            if (k + 1) % loop.log_every and k + 1 != steps:
+                if len(window) % 4 == 1:
+                    progress.update(k, _means(window[-1:]), tokens_per_step)
+                continue
+            window.append(jax.device_get(previous))
+            previous = None
+            now = time.perf_counter()
+            seconds += now - clock
+            last_metrics = _means(window) | {"learning_rate": float(learning_rate(k))}
+            if tokens_per_step:
+                last_metrics["tokens_per_second"] = len(window) * tokens_per_step / (now - clock)
+            window = []
+            log.log(k + 1, last_metrics)
+            progress.update(k + 1, last_metrics, tokens_per_step)
+            _check_finite(int(state.extra["skipped_in_a_row"]), loop, title, k + 1)
+            due = (k + 1) % loop.evaluate_every == 0 or k + 1 == steps
+            if due or (k + 1) % loop.checkpoint_every == 0 or signals.caught:
+                save(k + 1, seconds)
+            if signals.caught:
+                raise Interrupted(f"{title} saved at step {k + 1}; the same command goes on")
+            if due:
+                evaluate_now(k + 1)
+            early = not sampled and seconds > SAMPLE_AFTER
+            if sample and (early or any(k + 1 - loop.log_every < m <= k + 1 for m in milestones)):
+                progress.note(f"{title} {k + 1}/{steps} writes: {sample(state)}")
+                sampled = True
+            clock = time.perf_counter()
+    log.close()
+    record = {"seconds": seconds, **evaluations.get(steps, {})}
+    if tokens_per_step and seconds:
+        record["tokens_per_second"] = steps * tokens_per_step / seconds
+    return state, record
+
+
+def _means(window: list[dict]) -> dict[str, float]:
+    """Totals over counts: a mean of means would weigh ragged batches wrongly."""
+    out = {}
+    for name in window[0]:
+        values = [w[name] for w in window]
+        if isinstance(values[0], Mean):
+            total, count = sum(float(v.total) for v in values), sum(float(v.count) for v in values)
+            out[name] = total / count if count else 0.0
+        else:
+            out[name] = float(np.mean(values))
+    return out
+
+
+def _check_finite(in_a_row: int, loop: LoopConfig, title: str, step: int) -> None:
+    if in_a_row >= loop.optimizer.max_skipped:
+        raise UserError(
+            f"{title} diverged: {in_a_row} updates in a row were not finite by step {step}",
+            where=f"{title}.optimizer.learning_rate",
+            value=loop.optimizer.learning_rate,
+            hint="lower the learning rate, lengthen the warm-up, or use compute_dtype float32; "
+            "the checkpoint before the divergence is intact",
+        )
+
+
+def _line(head: str, values: Mapping[str, float]) -> str:
+    return head + "  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM become a flag that the loop reads at its next boundary."""
+
+    def __enter__(self):
+        self.caught = False
+        self._before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._catch)
+        except ValueError:  # not the main thread: a notebook's kernel handles its own signals
+            pass
+        return self
+
+    def _catch(self, number, frame):
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = True
+
+    def __exit__(self, *exc):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,7 @@
+"""`minilm inspect` as a script: the same function, the same arguments."""
+
+import sys
+
+from minilm.cli import main
+
+sys.exit(main(["inspect", *sys.argv[1:]]))

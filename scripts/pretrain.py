@@ -1,0 +1,7 @@
+"""`minilm pretrain` as a script: the same function, the same arguments."""
+
+import sys
+
+from minilm.cli import main
+
+sys.exit(main(["pretrain", *sys.argv[1:]]))

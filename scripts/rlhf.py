@@ -1,0 +1,7 @@
+"""`minilm rlhf` as a script: the same function, the same arguments."""
+
+import sys
+
+from minilm.cli import main
+
+sys.exit(main(["rlhf", *sys.argv[1:]]))
