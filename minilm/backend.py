@@ -11,12 +11,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +42,9 @@ class Choice(NamedTuple):
 class Trial(NamedTuple):
     """What the child processes found."""
 
-    platform: str  # "cpu", "gpu", "tpu"; "none" where no child lived to tell
     device: str
-    fast_bfloat16: bool  # of an accelerator
-    milliseconds: dict[str, float]  # a step on CPU, by dtype; one whose child died is missing
+    fast_bfloat16: bool | None  # of an accelerator; None on a CPU, which is timed
+    milliseconds: dict[str, float]  # a step, by dtype; one whose child died is missing
 
 
 def configure(config: BackendConfig, stored: Mapping[str, Any] | None = None) -> Choice:
@@ -55,16 +55,15 @@ def configure(config: BackendConfig, stored: Mapping[str, Any] | None = None) ->
     Args:
       stored: an earlier run's Choice as a dict, to go on computing in the same way.
     """
-    found, started = os.environ.get("XLA_FLAGS", ""), _jax_has_started()
+    found = os.environ.get("XLA_FLAGS", "")
     # FLAGS themselves were set by an earlier call or a parent process: they count as ours.
-    ours = config.xla_flags == "auto" and found in ("", FLAGS) and not started
-    flags = FLAGS if ours and _has_onednn() else "" if ours else found
-    if stored is not None:
-        choice = _kept(config.compute_dtype, stored, found, ours)
-    elif config.compute_dtype == "float32" or (config.compute_dtype != "auto" and flags != FLAGS):
-        choice = Choice(config.compute_dtype, "" if ours else found, "as configured", _jaxlib())
+    ours = config.xla_flags == "auto" and found in ("", FLAGS) and not _jax_has_started()
+    if stored:
+        choice = _kept(config.compute_dtype, stored, None if ours else found)
     else:
-        choice = _chosen(config.compute_dtype, _remembered_trial(flags), flags, ours)
+        can_fuse = ours and sys.platform == "linux" and platform.machine() == "x86_64"
+        plain = "" if ours else found
+        choice = _chosen(config.compute_dtype, plain, FLAGS if can_fuse else plain)
     if choice.xla_flags:
         os.environ["XLA_FLAGS"] = choice.xla_flags
     else:
@@ -75,11 +74,11 @@ def configure(config: BackendConfig, stored: Mapping[str, Any] | None = None) ->
 
 def cache_dir() -> Path | None:
     """A folder of minilm's own in the user's cache, made if need be; None where none can be."""
-    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or home) / "minilm"
+    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "minilm"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: no home
         return None
     return folder if os.access(folder, os.W_OK) else None
 
@@ -94,7 +93,7 @@ def facts() -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in packages},
         "system": platform.platform(),
         "cpu": _cpu()[0],
-        "cores": _cores(),
+        "cores": os.cpu_count(),
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -118,177 +117,151 @@ def matmul_rate(dtype: str, seconds: float = 1.0) -> float:
     return 2 * size**3 / statistics.median(times) / 1e9
 
 
-def _kept(dtype: str, stored: Mapping[str, Any], found: str, ours: bool) -> Choice:
-    dtype = stored["compute_dtype"] if dtype == "auto" else dtype
+def _kept(dtype: str, stored: Mapping[str, Any], found: str | None) -> Choice:
+    """The stored choice, as far as the flags found (None: ours to set) and jaxlib allow."""
     flags, reason = stored["xla_flags"], "as when this run began"
-    if not ours and flags != found:
+    if found not in (None, flags):
         flags, reason = found, "as when this run began, but under the XLA flags found"
-    elif flags and stored["jaxlib"] != _jaxlib() and not _trial(flags, ("bfloat16",)).milliseconds:
+    elif flags and stored["jaxlib"] != _jaxlib() and not _trial({"bfloat16": flags}).milliseconds:
         flags, reason = "", f"this run's XLA flags are unknown to jaxlib {_jaxlib()}"
+    return Choice(stored["compute_dtype"] if dtype == "auto" else dtype, flags, reason, _jaxlib())
+
+
+def _chosen(dtype: str, plain: str, fused: str) -> Choice:
+    """By trial, where there is a choice: float32 with the flags `plain`, bfloat16 with `fused`."""
+    if dtype == "float32" or (dtype == "bfloat16" and fused == plain):
+        return Choice(dtype, plain, "as configured", _jaxlib())
+    trial = _remembered_trial({"float32": plain, "bfloat16": fused})
+    times, fast = trial.milliseconds, bool(trial.fast_bfloat16)
+    if trial.fast_bfloat16 is not None:
+        reason = f"{trial.device} {'has' if fast else 'lacks'} fast bfloat16"
+    elif len(times) < 2:
+        reason = "no child process could try bfloat16 here"
+    else:
+        fast = times["bfloat16"] < WORTH_IT * times["float32"]
+        reason = f"a trial step took {times['bfloat16']:.1f} ms in bfloat16"
+        reason += " with oneDNN fusion" if fused == FLAGS else ""
+        reason += f", {times['float32']:.1f} in float32"
+    if dtype == "auto":
+        dtype = "bfloat16" if fast else "float32"
+    flags = fused if dtype == "bfloat16" and "bfloat16" in times else plain
     return Choice(dtype, flags, reason, _jaxlib())
 
 
-def _chosen(dtype: str, trial: Trial, flags: str, ours: bool) -> Choice:
-    plain, times = "" if ours else flags, trial.milliseconds
-    if trial.platform not in ("cpu", "none"):
-        able = "has fast" if trial.fast_bfloat16 else "lacks fast"
-        best = "bfloat16" if trial.fast_bfloat16 else "float32"
-        reason = f"{trial.device} {able} bfloat16"
-        return Choice(best if dtype == "auto" else dtype, plain, reason, _jaxlib())
-    if "bfloat16" not in times or "float32" not in times:
-        reason = "no child process could try bfloat16 here"
-        return Choice("float32" if dtype == "auto" else dtype, plain, reason, _jaxlib())
-    took = "a trial step took {bfloat16:.1f} ms in bfloat16, {float32:.1f} in float32".format(
-        **times
-    )
-    if dtype == "bfloat16" or times["bfloat16"] < WORTH_IT * times["float32"]:
-        reason = f"{took}, with oneDNN fusion" if flags == FLAGS else took
-        return Choice("bfloat16", flags, reason, _jaxlib())
-    return Choice("float32", plain, took, _jaxlib())
-
-
-def _remembered_trial(flags: str) -> Trial:
+def _remembered_trial(flags: dict[str, str]) -> Trial:
     """The trial of this processor, jaxlib and flags, from the user's cache where it is there."""
-    folder = None if _has_accelerator_plugin() else cache_dir()
+    cpu_only = os.environ.get("JAX_PLATFORMS") == "cpu"
+    plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
+    folder = cache_dir() if cpu_only or not plugins else None
     if folder is None:
         return _trial(flags)
-    key = hashlib.sha256(repr((_cpu(), _cores(), _jaxlib(), flags)).encode()).hexdigest()[:16]
-    path = folder / f"trial-{key}.json"
+    key = repr((_cpu(), os.cpu_count(), _jaxlib(), flags)).encode()
+    path = folder / f"trial-{hashlib.sha256(key).hexdigest()[:16]}.json"
     try:
         return Trial(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         trial = _trial(flags)
-    # A child that died of something else than the flags, memory say, gets another chance.
+    # A child that died of something else than its flags, memory say, gets another chance.
     if len(trial.milliseconds) == 2:
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(trial._asdict()))
-        temporary.replace(path)
+        with contextlib.suppress(OSError):
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(trial._asdict()))
+            temporary.replace(path)
     return trial
 
 
-def _trial(flags: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Trial:
-    """Times a step by dtype, in child processes that take turns: bfloat16's has the flags.
+def _trial(flags: dict[str, str]) -> Trial:
+    """Times a step by dtype, each in a child process with its flags.
 
-    Turns, since a shared machine changes speed by more than what is to be told apart.
+    They take turns, since a shared machine changes speed by more than what is to be told apart.
     """
-    trial = Trial("none", "", False, {})
+    trial = Trial("", None, {})
     with contextlib.ExitStack() as stack:
-        children = {dtype: stack.enter_context(_child(dtype, flags)) for dtype in dtypes}
+        children = {dtype: _start_child(stack, dtype, flags[dtype]) for dtype in flags}
         for child in children.values():
-            if line := _line(child):
+            if line := _read(child):
                 trial = Trial(**line, milliseconds={})
-            if trial.platform not in ("cpu", "none"):
+            if trial.fast_bfloat16 is not None:
                 return trial
         for dtype, child in 12 * list(children.items()):
-            if line := _line(child, ask=True):
-                took = line["milliseconds"]
-                trial.milliseconds[dtype] = min(trial.milliseconds.get(dtype, took), took)
+            with contextlib.suppress(OSError):
+                child.stdin.write(b"go\n")
+            if line := _read(child):
+                best = trial.milliseconds.get(dtype, float("inf"))
+                trial.milliseconds[dtype] = min(best, line["milliseconds"])
     return trial
 
 
-@contextlib.contextmanager
-def _child(dtype: str, flags: str) -> Iterator[Any]:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "" if flags == FLAGS and dtype == "float32" else flags,
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        # A clone that is not installed finds itself.
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        ).strip(os.pathsep),
-    }
+def _start_child(stack: contextlib.ExitStack, dtype: str, flags: str) -> Any:
     child = subprocess.Popen(
         [sys.executable, "-m", "minilm.backend", dtype],
-        env=environment,
+        cwd=Path(__file__).parents[1],  # where `-m` finds minilm even if it is not installed
+        env={**os.environ, "XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        text=True,
+        bufsize=0,
     )
     watchdog = threading.Timer(TIMEOUT, child.kill)
     watchdog.start()
-    try:
-        yield child
-    finally:
-        watchdog.cancel()
-        child.kill()
-        child.communicate()
+    stack.enter_context(child)  # waits for it
+    stack.callback(child.kill)
+    stack.callback(watchdog.cancel)
+    return child
 
 
-def _line(child: Any, *, ask: bool = False) -> dict[str, Any] | None:
-    """What the child says next, in answer where asked; None where it has died."""
-    if ask:
-        with contextlib.suppress(OSError):
-            child.stdin.write("go\n")
-            child.stdin.flush()
+def _read(child: Any) -> dict[str, Any] | None:
+    """What the child says next; None where it has died."""
     line = child.stdout.readline()
-    return json.loads(line) if line.startswith("{") else None
+    return json.loads(line) if line.startswith(b"{") else None
 
 
 def _child_main(dtype: str) -> None:
     """The child's side: says what device it has, then times a step for each line it reads."""
     import jax
 
-    device = jax.devices()[0]
-    fast = device.platform == "tpu"
+    device, fast = jax.devices()[0], None
     if device.platform == "gpu":
         # NVIDIA's "8.0" (Ampere) is the first with bfloat16 units; AMD's are called "gfx90a" etc.
         capability = str(device.compute_capability)
         fast = capability.startswith("gfx") or float(capability) >= 8
-    print(
-        json.dumps(
-            {"platform": device.platform, "device": device.device_kind, "fast_bfloat16": fast}
-        ),
-        flush=True,
-    )
-    step, parameters, tokens = _step(dtype)
-    parameters = jax.block_until_ready(step(parameters, tokens))
+    elif device.platform == "tpu":
+        fast = True
+    print(json.dumps({"device": device.device_kind, "fast_bfloat16": fast}), flush=True)
+    step, matrices = _step(dtype)
+    matrices = jax.block_until_ready(step(matrices))
     for _ in sys.stdin:
         start = time.perf_counter()
-        parameters = jax.block_until_ready(step(parameters, tokens))
+        matrices = jax.block_until_ready(step(matrices))
         took = 1e3 * (time.perf_counter() - start)
         print(json.dumps({"milliseconds": round(took, 2)}), flush=True)
 
 
-def _step(dtype: str) -> tuple[Any, Any, Any]:
-    """A gradient step of one transformer layer with output layer, at the size of the defaults."""
+def _step(dtype: str) -> tuple[Callable[[Any], Any], Any]:
+    """A gradient step of attention and a feed-forward layer, at the default config's sizes."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    batch, length, width, heads, hidden, vocabulary = 8, 128, 128, 4, 352, 512
-    shapes = {
-        "embedding": (vocabulary, width),
-        "qkv": (width, 3 * width),
-        "out": (width, width),
-        "up": (width, 2 * hidden),
-        "down": (hidden, width),
-    }
     # Numbers from NumPy: JAX would compile a program for each of these lines.
     random = np.random.default_rng(0)
-    parameters = {
-        name: 0.02 * random.standard_normal(shape, np.float32) for name, shape in shapes.items()
-    }
-    tokens = random.integers(0, vocabulary, (batch, length), np.int32)
+    x = random.standard_normal((16, 128, 128), np.float32)
+    shapes = ((128, 3 * 128), (128, 2 * 352), (352, 128))
+    matrices = [0.1 * random.standard_normal(shape, np.float32) for shape in shapes]
 
-    def loss(parameters: dict[str, Any], tokens: Any) -> Any:
-        p = {name: value.astype(dtype) for name, value in parameters.items()}
-        x = p["embedding"][tokens]
-        q, k, v = jnp.split((x @ p["qkv"]).reshape(batch, length, heads, -1), 3, axis=-1)
+    def loss(matrices: Any) -> Any:
+        qkv, up, down = (matrix.astype(dtype) for matrix in matrices)
+        h = jnp.asarray(x, dtype)
+        q, k, v = jnp.split((h @ qkv).reshape(16, 128, 4, 3 * 32), 3, axis=-1)
         scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        x = x + jnp.einsum("BNTS,BSNH->BTNH", weights, v).reshape(x.shape) @ p["out"]
-        gate, up = jnp.split(x @ p["up"], 2, axis=-1)
-        x = x + (jax.nn.silu(gate) * up) @ p["down"]
-        logits = jnp.matmul(x, p["embedding"].T, preferred_element_type=jnp.float32)
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        return -jnp.take_along_axis(logprobs, tokens[..., None], axis=-1).mean()
+        weights = jax.nn.softmax(scores / 32**0.5, axis=-1).astype(dtype)
+        h = h + jnp.einsum("BNTS,BSNH->BTNH", weights, v).reshape(h.shape)
+        gate, wide = jnp.split(h @ up, 2, axis=-1)
+        return jnp.square(((jax.nn.silu(gate) * wide) @ down).astype(jnp.float32)).mean()
 
-    def step(parameters: dict[str, Any], tokens: Any) -> dict[str, Any]:
-        gradients = jax.grad(loss)(parameters, tokens)
-        return jax.tree.map(lambda p, g: p - 0.01 * g, parameters, gradients)
-
-    return jax.jit(step), parameters, tokens
+    gradient = jax.grad(loss)
+    step = jax.jit(lambda m: [p - 0.1 * g for p, g in zip(m, gradient(m), strict=True)])
+    return step, matrices
 
 
 def _use_compilation_cache(flags: str) -> None:
@@ -296,8 +269,7 @@ def _use_compilation_cache(flags: str) -> None:
     import jax
 
     folder = cache_dir()
-    own = jax.config.jax_compilation_cache_dir
-    if "onednn" not in flags and folder is not None and not own:
+    if folder and "onednn" not in flags and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
 
 
@@ -310,33 +282,18 @@ def _jax_has_started() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def _has_onednn() -> bool:
-    return sys.platform == "linux" and platform.machine() == "x86_64"
-
-
-def _has_accelerator_plugin() -> bool:
-    names = ("jax_plugins", "libtpu")
-    cpu_only = os.environ.get("JAX_PLATFORMS") == "cpu"
-    return not cpu_only and any(importlib.util.find_spec(name) for name in names)
-
-
 def _jaxlib() -> str:
     return importlib.metadata.version("jaxlib")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _cpu() -> tuple[str, str]:
     """The processor's name and, since virtual machines hide it, its features."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine(), platform.machine()
-    found = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    found = {name.strip(): value.strip() for name, value in found.items()}
-    return found.get("model name", platform.machine()), found.get("flags", "")
+    fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))
+    return fields.get("model name", platform.machine()), fields.get("flags", "")
 
 
 if __name__ == "__main__":

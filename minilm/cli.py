@@ -72,7 +72,7 @@ def _generate(name: str, words: list[str]) -> None:
     add("--seed", type=_natural, default=0, metavar="N", help="default: 0")
     add("--count", type=_positive, default=1, metavar="N", help="completions a prompt")
     args = parser.parse_args(words)
-    from minilm.stages.sampling import generate_command
+    from minilm.handle import generate_command
 
     generate_command(
         args.PATH,
@@ -104,7 +104,7 @@ def _inspect(name: str, words: list[str]) -> None:
 
 def _model(name: str, words: list[str]) -> None:
     _, config = _parse_config(_parser(name, "CONFIG", "a TOML file"), words)
-    from minilm.run import model_command
+    from minilm.estimate import model_command
 
     model_command(config)
 

@@ -192,6 +192,7 @@ class RLHFConfig(LoopConfig):
     """Fine-tune the policy on the learned reward. batch_size is derived: prompts x group."""
 
     algorithm: str = "rloo"  # a row of minilm.algorithms.ALGORITHMS
+    seed: Natural = 0  # of rollouts alone: seeds of one reward model can be compared
     steps: Positive = 60
     prompts_per_step: Positive = 16
     group_size: Annotated[int, Field(ge=1)] = 8  # completions a prompt

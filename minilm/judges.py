@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minilm.choices import bind
+from minilm.config import Config
 from minilm.text.fables import gold
 
 Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -21,8 +22,8 @@ def fables(
 ) -> Float[np.ndarray, " B"]:
     """Gold of the fables that prompts and completions make together (`minilm.text.fables.gold`).
 
-    >>> fables(["Once upon"], [" a time."]).round(2).tolist()
-    [-0.99]
+    >>> bool(fables(["Once a gentle"], [" storm."])[0] < -0.9)  # leaves the grammar at once
+    True
     """
     pairs = zip(prompts, completions, strict=True)
     return np.array([gold(p + c, size=size) for p, c in pairs], dtype=np.float32)
@@ -35,8 +36,8 @@ def length(
 
     For text without a grammar: a truth that any corpus has.
 
-    >>> length(["", ""], ["one two", "one two three four"], target=4).tolist()
-    [-0.5, 0.0]
+    >>> length(["", ""], ["one two", "one two three"], target=4).tolist()
+    [-0.5, -0.25]
     """
     if target < 1:
         raise ValueError(f"target must be at least 1 word, got {target}")
@@ -54,3 +55,13 @@ def judge(name: str, options: Mapping[str, object], where: str) -> Judge:
       UserError: unknown name or option; names the config key `where`.
     """
     return bind(JUDGES, name, options, where)
+
+
+def configured(config: Config) -> Judge | None:
+    """The judge that `[judge]` names, or None for "none"; fables are judged at the corpus' size."""
+    name, options = config.judge.name, dict(config.judge.options)
+    if name == "none":
+        return None
+    if name == "fables" and config.corpus.kind == "fables":
+        options.setdefault("size", config.corpus.size)
+    return judge(name, options, "judge.name")

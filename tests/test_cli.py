@@ -108,7 +108,7 @@ def test_a_stage_command_is_run_limited_to_that_stage(stage: str, config: str, m
 
 
 def test_generate_hands_on_its_prompts_and_sampling(monkeypatch):
-    generate = Recorder(monkeypatch, "minilm.stages.sampling", "generate_command")
+    generate = Recorder(monkeypatch, "minilm.handle", "generate_command")
     words = ["generate", "runs/x", "--prompt", "Once upon", "A fox", "--temperature", "0"]
     assert cli.main([*words, "--top-k", "5", "--top-p", "0.9", "--seed", "7", "--count", "2"]) == 0
     assert generate.args == (Path("runs/x"), ["Once upon", "A fox"])
@@ -123,13 +123,13 @@ def test_generate_hands_on_its_prompts_and_sampling(monkeypatch):
 
 
 def test_generate_without_a_prompt_starts_from_nothing(monkeypatch):
-    generate = Recorder(monkeypatch, "minilm.stages.sampling", "generate_command")
+    generate = Recorder(monkeypatch, "minilm.handle", "generate_command")
     assert cli.main(["generate", "runs/x"]) == 0
     assert generate.args == (Path("runs/x"), [""])
 
 
 def test_model_hands_on_the_config(config: str, monkeypatch):
-    model = Recorder(monkeypatch, "minilm.run", "model_command")
+    model = Recorder(monkeypatch, "minilm.estimate", "model_command")
     assert cli.main(["model", config, "--seed", "2"]) == 0
     assert model.args == (Config(seed=2, model=ModelConfig(num_layers=2)),)
 

@@ -78,98 +78,107 @@ def decoder_float64(model: m.Transformer, tokens: np.ndarray, config: ModelConfi
 
 
 @jax.jit
-def logits_of(model, tokens, segments):
-    return m.logits(model, m.hidden_states(model, tokens, segments))
+def forward(model, tokens, segments):
+    hidden = m.hidden_states(model, tokens, segments)
+    return hidden, m.logits(model, hidden)
 
 
-def tokens_of(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).integers(2, VOCAB, shape), jnp.int32)
+def logits_of(model, tokens, segments) -> np.ndarray:
+    return np.asarray(forward(model, tokens, segments)[1])
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def tokens_of(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2, VOCAB, shape).astype(np.int32)
+
+
+def padded(tokens: np.ndarray, left: int, right: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments with padding on both sides."""
+    widths = ((0, 0), (left, right))
+    return np.pad(tokens, widths), np.pad(np.ones_like(tokens), widths)
+
+
+# One shape for all, [2, 12], so that each kind of model compiles once.
+TOKENS = tokens_of(2, 12)
+ONES = np.ones_like(TOKENS)
+MULTI_QUERY = CONFIG.model_copy(update={"num_kv_heads": 1})
+FULL = UNTIED.model_copy(update={"num_kv_heads": 4})
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, UNTIED, MULTI_QUERY, FULL],
+    ids=["grouped_tied", "grouped_untied", "multi_query_tied", "full_untied"],
+)  # fmt: skip
 def test_logits_equal_a_float64_implementation(config):
-    model, tokens = random_model(config), tokens_of(2, 9)
-    found = logits_of(model, tokens, jnp.ones_like(tokens))
-    for row, expected in zip(found, tokens, strict=True):
-        reference = decoder_float64(model, np.asarray(expected), config)
+    model = random_model(config)
+    found = logits_of(model, TOKENS, ONES)
+    for row, tokens in zip(found, TOKENS, strict=True):
+        reference = decoder_float64(model, tokens, config)
         np.testing.assert_allclose(row, reference, rtol=2e-4, atol=2e-4)
 
 
-def test_multi_query_and_full_attention_equal_a_float64_implementation():
-    for kv in (1, 4):
-        config = CONFIG.model_copy(update={"num_kv_heads": kv})
-        model, tokens = random_model(config), tokens_of(1, 6)
-        found = logits_of(model, tokens, jnp.ones_like(tokens))[0]
-        reference = decoder_float64(model, np.asarray(tokens[0]), config)
-        np.testing.assert_allclose(found, reference, rtol=2e-4, atol=2e-4)
-
-
 def test_a_token_sees_no_later_token():
-    model, tokens = random_model(), tokens_of(1, 10)
-    changed = tokens.at[0, 6].set(1 + tokens[0, 6] % (VOCAB - 1))
-    ones = jnp.ones_like(tokens)
-    before, after = logits_of(model, tokens, ones)[0], logits_of(model, changed, ones)[0]
-    np.testing.assert_array_equal(before[:6], after[:6])
-    assert np.abs(before[6:] - after[6:]).max(axis=1).min() > 1e-3  # and every later one sees it
+    model, changed = random_model(), TOKENS.copy()
+    changed[:, 6] = 2 + (TOKENS[:, 6] - 1) % (VOCAB - 2)
+    before, after = logits_of(model, TOKENS, ONES), logits_of(model, changed, ONES)
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(before[:, 6:] - after[:, 6:]).max(axis=2).min() > 1e-3  # every later one sees it
 
 
 def test_segments_are_isolated():
     """Packed documents do not see each other, though both lie in one row."""
-    model, first, second = random_model(), tokens_of(1, 5), tokens_of(1, 7, seed=1)
-    row = jnp.concatenate([first, second], axis=1)
-    segments = jnp.asarray([[1] * 5 + [2] * 7], jnp.int32)
-    packed = logits_of(model, row, segments)[0]
-    alone = logits_of(model, second, jnp.ones_like(second))[0]
-    np.testing.assert_allclose(packed[5:], alone, atol=2e-5)
-    np.testing.assert_array_equal(
-        packed[5:], logits_of(model, row.at[0, :5].set(3), segments)[0, 5:]
-    )
+    model = random_model()
+    segments = np.where(np.arange(12) < 5, 1, 2)[None].repeat(2, 0).astype(np.int32)
+    packed = logits_of(model, TOKENS, segments)
+    other = TOKENS.copy()
+    other[:, :5] = 3
+    np.testing.assert_array_equal(packed[:, 5:], logits_of(model, other, segments)[:, 5:])
+    alone = logits_of(model, *padded(TOKENS[:, 5:], 0, 5))
+    np.testing.assert_allclose(packed[:, 5:], alone[:, :7], atol=3e-5)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side):
-    model, tokens = random_model(), tokens_of(1, 8)
-    alone = logits_of(model, tokens, jnp.ones_like(tokens))[0]
-    widths = ((0, 0), (5, 0) if side == "left" else (0, 5))
-    padded = jnp.pad(tokens, widths)
-    segments = jnp.pad(jnp.ones_like(tokens), widths)
-    real = slice(5, None) if side == "left" else slice(0, 8)
-    np.testing.assert_allclose(logits_of(model, padded, segments)[0, real], alone, atol=2e-5)
+def test_padding_changes_nothing_on_either_side():
+    model, tokens = random_model(), TOKENS[:, :8]
+    alone = np.stack([decoder_float64(model, row, CONFIG) for row in tokens])
+    for left in (0, 1, 4):
+        found = logits_of(model, *padded(tokens, left, 4 - left))[:, left : left + 8]
+        np.testing.assert_allclose(found, alone, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_sequence_score_does_not_depend_on_padding(side):
+def test_sequence_score_does_not_depend_on_padding():
     """trl#5338: the score was read at a padding token, so the batch's longest row moved it."""
-    model, tokens = random_model(scalar_head=True), tokens_of(1, 8)
-    alone = m.sequence_score(model, tokens, jnp.ones_like(tokens), jnp.array([7]))
-    widths = ((0, 0), (4, 0) if side == "left" else (0, 4))
-    last = jnp.array([11 if side == "left" else 7])
-    padded = m.sequence_score(
-        model, jnp.pad(tokens, widths), jnp.pad(jnp.ones_like(tokens), widths), last
-    )
-    np.testing.assert_allclose(padded, alone, atol=2e-5)
+    model = random_model(scalar_head=True)
+    score = jax.jit(m.sequence_score)
+    tokens = TOKENS[:, :8]
+    scores = [
+        score(model, *padded(tokens, left, 4 - left), np.full(2, left + 7)) for left in (0, 1, 4)
+    ]
+    np.testing.assert_allclose(scores[1:], [scores[0]] * 2, atol=3e-5)
+    # and it is the head's product with the hidden state at the last real token
+    hidden = np.asarray(forward(model, *padded(tokens, 0, 4))[0], np.float64)[:, 7]
+    np.testing.assert_allclose(scores[0], hidden @ np.asarray(model.score[...]), rtol=1e-5)
 
 
 def test_prefill_and_decode_equal_the_whole_forward_pass():
-    model, tokens = random_model(), tokens_of(2, 9)
-    tokens = tokens.at[1, :3].set(0)  # the second row's prompt is left-padded
-    whole = m.hidden_states(model, tokens, (tokens != 0).astype(jnp.int32))
-    valid = jnp.pad(tokens[:, :5] != 0, ((0, 0), (0, 4)))
-    hidden, cache = m.prefill(model, tokens[:, :5], tokens[:, :5] != 0, 9)
-    np.testing.assert_allclose(hidden, whole[:, 4], atol=2e-5)
-    for index in range(5, 9):
-        valid = valid.at[:, index].set(True)
-        hidden, cache = m.decode(model, tokens[:, index], jnp.int32(index), valid, cache)
-        np.testing.assert_allclose(hidden, whole[:, index], atol=2e-5)
+    model, tokens = random_model(), TOKENS.copy()
+    tokens[1, :3] = 0  # the second row's prompt is left-padded
+    whole = forward(model, tokens, (tokens != 0).astype(np.int32))[0]
+    prompt = tokens[:, :5]
+    hidden, cache = jax.jit(m.prefill, static_argnums=3)(model, prompt, prompt != 0, 12)
+    np.testing.assert_allclose(hidden, whole[:, 4], atol=3e-5)
+    decode = jax.jit(m.decode)
+    for index in range(5, 12):
+        valid = (tokens != 0) & (np.arange(12) <= index)
+        hidden, cache = decode(model, tokens[:, index], jnp.int32(index), valid, cache)
+        np.testing.assert_allclose(hidden, whole[:, index], atol=3e-5)
 
 
 def test_at_the_start_every_block_is_the_identity_and_an_untied_head_predicts_uniformly():
     model = m.Transformer(UNTIED, VOCAB, rngs=nnx.Rngs(3))
-    tokens = tokens_of(1, 6)
-    hidden = m.hidden_states(model, tokens, jnp.ones_like(tokens))
-    embedded = model.embed_tokens[...][tokens]
-    np.testing.assert_allclose(hidden, m.rms_norm(embedded, model.norm[...]), atol=1e-6)
-    np.testing.assert_array_equal(m.logits(model, hidden), 0)
+    hidden, scores = forward(model, TOKENS, ONES)
+    embedded = np.asarray(model.embed_tokens[...])[TOKENS]
+    rms = np.sqrt(np.mean(embedded**2, axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(hidden, embedded / rms, atol=1e-5)
+    np.testing.assert_array_equal(scores, 0)
 
 
 def test_no_reference_is_shared():
@@ -223,15 +232,12 @@ def test_flops_by_hand():
 
 
 def test_bfloat16_computes_near_float32_from_float32_parameters():
-    wide = random_model(UNTIED)
-    narrow = random_model(UNTIED, compute_dtype="bfloat16")
+    wide = random_model()
+    narrow = random_model(compute_dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype("float32")}
-    tokens = tokens_of(2, 12)
-    ones = jnp.ones_like(tokens)
-    hidden = m.hidden_states(narrow, tokens, ones)
-    assert hidden.dtype == jnp.bfloat16
-    exact, found = logits_of(wide, tokens, ones), logits_of(narrow, tokens, ones)
-    assert found.dtype == jnp.float32
+    exact = logits_of(wide, TOKENS, ONES)
+    hidden, found = forward(narrow, TOKENS, ONES)
+    assert (hidden.dtype, found.dtype) == (jnp.bfloat16, jnp.float32)
     # bfloat16 keeps 8 bits: a relative error of 2^-8 a product, a handful of products deep.
     error = np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2))
     assert 1e-5 < error < 0.05
@@ -248,8 +254,9 @@ def test_a_model_without_a_scalar_head_says_so():
         m.scalar(random_model(), jnp.zeros((1, 16)))
 
 
-def test_a_wholly_masked_row_stays_finite():
-    """A padding row in a batch attends to nothing but itself; NaN there would poison gradients."""
-    model, tokens = random_model(), jnp.zeros((1, 6), jnp.int32)
-    hidden, _ = m.prefill(model, tokens, jnp.zeros((1, 6), bool), 8)
+def test_a_row_of_padding_alone_stays_finite():
+    """It attends to nothing at all; a NaN there would reach every gradient."""
+    model = random_model()
+    empty = np.zeros((2, 5), np.int32)
+    hidden, _ = jax.jit(m.prefill, static_argnums=3)(model, empty, empty > 0, 12)
     assert np.isfinite(hidden).all()

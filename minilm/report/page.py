@@ -17,6 +17,8 @@ GOODHART_DROP = 0.3  # gold this far below its peak, while proxy rose, is called
 LONG = 1800  # characters of a text shown
 LOUD = 5.0  # nats at which a token's colour is full
 
+type Number = float | int
+
 
 def render(run: RunFolder) -> str:
     """The page as HTML: a function of the folder's files alone."""
@@ -57,12 +59,11 @@ def _plots(run: RunFolder) -> dict[str, Markup | None]:
     """Every figure by name, None where there is nothing to draw."""
     train, held_out = run.metrics("pretrain", "train"), run.metrics("pretrain", "eval")
     reward, policy = run.metrics("reward", "train"), run.metrics("rlhf", "train")
-    sheet, table = (
-        run.json("preferences", "datasheet.json"),
-        run.json("reward", "evaluation.json")["reliability"],
-    )
+    sheet = run.json("preferences", "datasheet.json")
+    table = run.json("reward", "evaluation.json")["reliability"]
     floor = next((r["entropy_floor"] for r in held_out[::-1]), None)
     above = [r for r in held_out if r["excess_loss"] is not None and r["excess_loss"] > 0]
+    bayes = (sheet["bayes_log_loss"], "Bayes floor")
     pairs = [p for p in run.rows("preferences", "train.jsonl") if p["gold_chosen"] is not None]
     gold = [
         (name, [p[f"gold_{name}"] for p in pairs], colour)
@@ -79,21 +80,19 @@ def _plots(run: RunFolder) -> dict[str, Markup | None]:
     excess = line(above, "excess_loss", "held out", plots.MODEL, "o")
     preference = line(reward, "loss", "training", plots.TRAIN)
     accuracy = line(reward, "accuracy", "training", plots.TRAIN)
-    proxy = line(policy, "objective/scores", "proxy", plots.PROXY)
-    kl = line(policy, "objective/kl", "KL", plots.MODEL)
-    length = line(policy, "completions/mean_length", "length", plots.SOFT)
+    policy_panels = [
+        Panel("proxy", [line(policy, "objective/scores", "proxy", plots.PROXY)]),
+        Panel("KL, nats", [line(policy, "objective/kl", "KL", plots.MODEL)]),
+        Panel("tokens", [line(policy, "completions/mean_length", "length", plots.SOFT)]),
+    ]
     return {
         "loss": plots.curves("loss", "step", [Panel("nats/token", loss, (floor, "entropy floor"))]),
         "excess": plots.curves("excess", "step", [Panel("nats/token", [excess], scale="log")]),
         "gold": plots.histograms("gold", "gold score", gold) if pairs else None,
-        "reward": plots.curves(
-            "reward", "step", [Panel("nats", [preference], (sheet["bayes_log_loss"], "Bayes floor"))]
-        ),
-        "accuracy": plots.curves("accuracy", "step", [Panel("share of votes", [accuracy])]),
+        "reward": plots.curves("reward", "step", [Panel("nats", [preference], bayes)]),
+        "accuracy": plots.curves("accuracy", "step", [Panel("share", [accuracy])]),
         "reliability": plots.reliability("reliability", table) if table else None,
-        "policy": plots.curves(
-            "policy", "step", [Panel("proxy", [proxy]), Panel("KL", [kl]), Panel("tokens", [length])], 4
-        ),
+        "policy": plots.curves("policy", "step", policy_panels, height=4.0),
         **_against_kl(run.metrics("rlhf", "eval")),
     }
 
@@ -217,12 +216,12 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONG else text[:LONG].rstrip() + " …"
 
 
-def shade(nats: float) -> str:
+def shade(nats: Number) -> str:
     """Opacity of a token's colour: the root, so that small charges are seen too."""
     return f"{min(1.0, max(0.0, nats) / LOUD) ** 0.5:.2f}"
 
 
-def fixed(value: float | None, digits: int) -> str:
+def fixed(value: Number | None, digits: int) -> str:
     """
     >>> fixed(-0.25, 1), fixed(None, 2)
     ('−0.2', '–')
@@ -230,7 +229,7 @@ def fixed(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
-def percent(share: float | None, digits: int = 0) -> str:
+def percent(share: Number | None, digits: int = 0) -> str:
     """
     >>> percent(0.8125, 1)
     '81.2 %'
@@ -238,7 +237,7 @@ def percent(share: float | None, digits: int = 0) -> str:
     return "–" if share is None else f"{fixed(100 * share, digits)} %"
 
 
-def count(number: float | None) -> str:
+def count(number: Number | None) -> str:
     """
     >>> count(64000)
     '64,000'
@@ -246,7 +245,7 @@ def count(number: float | None) -> str:
     return "–" if number is None else f"{number:,.0f}"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: Number | None) -> str:
     """
     >>> duration(12.34), duration(135)
     ('12.3 s', '2 min 15 s')

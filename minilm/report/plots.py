@@ -15,7 +15,7 @@ _VARIABLES = {
 }  # fmt: skip
 _DASHED = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 1.2}
 _WIDTH = 4.7  # inches: the points of a telephone's width, so that text keeps its size there
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be found, read aloud, and takes our font
     "font.size": 9.5,
     "font.sans-serif": ["DejaVu Sans"],
@@ -40,20 +40,20 @@ class Line(NamedTuple):
     """A curve. `band` holds an interval's two ends; `start` is a point marked by a diamond."""
 
     x: Sequence[float]
-    y: Sequence[float | None]
+    y: Sequence[float | int | None]
     label: str
     colour: str
     marks: str = ""
     band: tuple[Sequence[float], Sequence[float]] | None = None
-    start: float | None = None
+    start: float | int | None = None
 
 
 class Panel(NamedTuple):
-    """One pair of axes. `level` is a known bound with its label; `scale` "linear", "log", "share"."""
+    """One pair of axes: `level` a known bound and its label, `scale` linear, log or share."""
 
     ylabel: str
     lines: Sequence[Line]
-    level: tuple[float | None, str] = (None, "")
+    level: tuple[float | int | None, str] = (None, "")
     scale: str = "linear"
 
 
@@ -75,7 +75,7 @@ def curves(name: str, xlabel: str, panels: Sequence[Panel], height: float = 2.7)
     return _svg(name, draw, len(panels), height) if panels else None
 
 
-def reliability(name: str, rows: Sequence[Sequence[float]]) -> Markup:
+def reliability(name: str, rows: Sequence[Sequence[float | int]]) -> Markup:
     """What share of pairs went as predicted; rows of (predicted, observed, count)."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -91,15 +91,17 @@ def reliability(name: str, rows: Sequence[Sequence[float]]) -> Markup:
     return _svg(name, draw, 1, 3.6)
 
 
-def histograms(name: str, xlabel: str, groups: Sequence[tuple[str, Sequence[float], str]]) -> Markup:
+def histograms(
+    name: str, xlabel: str, groups: Sequence[tuple[str, Sequence[float], str]]
+) -> Markup:
     """Outlined histograms over common bins; groups of (label, values, colour)."""
 
     def draw(axes: Sequence[Any]) -> None:
         values = [v for _, group, _ in groups for v in group]
         ends = (min(values), max(values))
         for label, group, colour in groups:
-            axes[0].hist(group, 30, ends, color=colour, alpha=0.18)
-            axes[0].hist(group, 30, ends, color=colour, histtype="step", lw=1.6, label=label)
+            axes[0].hist(group, 30, range=ends, color=colour, alpha=0.18)
+            axes[0].hist(group, 30, range=ends, color=colour, histtype="step", lw=1.6, label=label)
         axes[0].set(xlabel=xlabel, ylabel="completions")
         axes[0].legend(loc="upper left")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minilm.generate import Samples
-from minilm.judges import Judge, judge
+from minilm.judges import configured
 from minilm.losses.language import entropy, kl_divergence
 from minilm.model import Transformer, hidden_states, logits
 from minilm.rewards import Normalization, learned_reward
@@ -44,7 +44,7 @@ class PolicyEvaluator:
 
     def __init__(self, ws: Workspace):
         self.ws = ws
-        self.judge: Judge | None = judge(ws.config.judge.name, ws.config.judge.options, "judge.name")
+        self.judge = configured(ws.config)
         self.prompts = prompt_sets(ws.config, ws.tokenizer, ws.held_out())._asdict()
         self.reward_model = ws.load("reward")
         self.normalization = load_normalization(ws)

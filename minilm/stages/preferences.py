@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from minilm.errors import UserError
-from minilm.judges import judge
+from minilm.judges import configured
 from minilm.stages.evaluate import sample, texts_of
 from minilm.stages.workspace import Workspace, read_jsonl, write_json, write_text
 from minilm.text.preferences import (
@@ -65,7 +65,7 @@ def describe(pairs: list[Pair], ws: Workspace) -> dict:
 
 def _simulated(ws: Workspace) -> list[Pair]:
     config, tokenizer = ws.config.preferences, ws.tokenizer
-    gold = judge(ws.config.judge.name, ws.config.judge.options, "judge.name")
+    gold = configured(ws.config)
     if gold is None:
         raise UserError(
             "there is no judge to label pairs", where="judge.name", value=ws.config.judge.name,

@@ -119,7 +119,7 @@ class Builder:
         before = {"proxy": 0.02, "length": 60.0, "ended": 0.99, **known,
                   **(parse if self.fables else {})}  # fmt: skip
         evals = []
-        for i, step in enumerate(STEPS):
+        for i in range(len(STEPS)):
             win = {"gold_win_rate": 0.5 + i / 10, "gold_win_rate_low": 0.47 + i / 10,
                    "gold_win_rate_high": 0.53 + i / 10} if golds else {}  # fmt: skip
             evals.append(before | {

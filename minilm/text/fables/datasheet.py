@@ -14,7 +14,7 @@ def gold_of(story: Story) -> float:
     return score(story.attributes, None, 1.0)
 
 
-def statistics(drawn: Sequence[Story]) -> dict[str, float]:
+def statistics(drawn: Sequence[Story]) -> dict[str, float | int]:
     """Size, entropy, vocabulary, attributes and gold of some stories.
 
     `entropy` is the mean of -log P in nats: an unbiased estimate, whose standard error is given.

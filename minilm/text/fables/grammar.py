@@ -228,34 +228,28 @@ def _pronouns(t: Teller) -> None:
 
 def _clause(t: Teller, clauses: tuple[Options, Options, Options], last: bool) -> None:
     """One clause, perhaps a deed; a story has at least one, so the last clause may have to be."""
-    groups = list(zip(HABITS[_warm(t)], clauses, strict=True))
+    groups = tuple(zip(HABITS[_warm(t)], clauses, strict=True))
     options, weights = _shared(*(groups if t.deeds or not last else groups[:2]))
+    index, clause = t.head_of(options, weights)
     kind, unkind = len(clauses[0]), len(clauses[1])
-
-    def note(index: int) -> None:
-        if index < kind + unkind:
-            t.deeds.append(1 if index < kind else -1)
-
-    t.one_of(options, weights, note)
+    if index < kind + unkind:
+        t.deeds.append(1 if index < kind else -1)
+    t.rest(clause)
 
 
 def _promise(t: Teller, kept: Options, broken: Options) -> None:
     keeps = KEEPS[_warm(t)]
-
-    def note(index: int) -> None:
-        t.promise_kept = index < len(kept)
-
-    t.one_of(*_shared((keeps, kept), (1 - keeps, broken)), note)
+    index, resolution = t.head_of(*_shared((keeps, kept), (1 - keeps, broken)))
+    t.promise_kept = index < len(kept)
+    t.rest(resolution)
 
 
 def _ending(t: Teller, happy: Options, sad: Options) -> None:
     deserving = sum(t.deeds) + (PROMISE_WORTH if t.promise_kept else -PROMISE_WORTH) > 0
     share = FITS if deserving else 1 - FITS
-
-    def note(index: int) -> None:
-        t.ending_fits = (index < len(happy)) == deserving
-
-    t.one_of(*_shared((share, happy), (1 - share, sad)), note)
+    index, ending = t.head_of(*_shared((share, happy), (1 - share, sad)))
+    t.ending_fits = (index < len(happy)) == deserving
+    t.rest(ending)
 
 
 def full(t: Teller) -> None:

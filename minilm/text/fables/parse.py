@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 from minilm.text.fables.grammar import story_of
 from minilm.text.fables.teller import (
@@ -56,6 +56,7 @@ class Choice(NamedTuple):
         return 1.0 if self.weights is None else self.weights[index]
 
 
+@no_type_check  # see Teller
 class Reader(Teller):
     """Reads `text`: at each choice one option matches what is left, or the reading stops."""
 

@@ -18,8 +18,8 @@ drawn slot or at a bar `|`.
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, no_type_check
 
 _SLOT = re.compile(r"\{(\w*)(?::([\w/]+))?\}")
 
@@ -131,6 +131,7 @@ def cumulative(weights: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sums)
 
 
+@no_type_check  # checked calls, as under the tests' import hook, make a story 60 times slower
 class Teller(ABC):
     """State of one telling: words kept by name, attributes, choices, log-probability."""
 
@@ -156,33 +157,32 @@ class Teller(ABC):
 
     def tell(self, source: str) -> None:
         """Tell one template."""
-        self._tell(template(source), head=True)
+        told = template(source)
+        if told.head:
+            self._fixed(told.head)
+        self.rest(told)
 
-    def one_of(
-        self,
-        sources: tuple[str, ...],
-        weights: tuple[float, ...] | None = None,
-        note: Callable[[int], None] | None = None,
-    ) -> int:
-        """Choose among templates by their heads, equally likely without weights; the index.
+    def one_of(self, sources: tuple[str, ...], weights: tuple[float, ...] | None = None) -> int:
+        """Choose among templates by their heads, equally likely without weights; the index."""
+        index, chosen = self.head_of(sources, weights)
+        self.rest(chosen)
+        return index
 
-        `note(index)` is called when the head is told and the rest is not: what the head decides
-        holds even where the rest leaves the grammar.
+    def head_of(
+        self, sources: tuple[str, ...], weights: tuple[float, ...] | None = None
+    ) -> tuple[int, Template]:
+        """`one_of` as far as the head; `rest` tells the rest.
+
+        Between the two, what the head decides is noted: it holds even where the rest leaves the
+        grammar.
         """
         heads, compiled, copies = _templates(sources)
         index, _ = self._choose(heads, weights, copies)
-        if note:
-            note(index)
-        self._tell(compiled[index], head=False)
-        return index
+        return index, compiled[index]
 
-    def attributes(self) -> Attributes:
-        return Attributes(tuple(self.deeds), self.promise_kept, self.ending_fits, self.slips)
-
-    def _tell(self, told: Template, head: bool) -> None:
-        fixed = told.head + told.rest if head else told.rest
-        if fixed:
-            self._fixed(fixed)
+    def rest(self, told: Template) -> None:
+        if told.rest:
+            self._fixed(told.rest)
         for name, words, after in told.slots:
             options = self.lists[words]
             # A kept word is not drawn a second time, so a copy says whose it is.
@@ -193,6 +193,9 @@ class Teller(ABC):
                 self.keep(name, word, self.lists[words.partition("/")[0]])
             if after:
                 self._fixed(after)
+
+    def attributes(self) -> Attributes:
+        return Attributes(tuple(self.deeds), self.promise_kept, self.ending_fits, self.slips)
 
     @abstractmethod
     def _fixed(self, fixed: str) -> None:

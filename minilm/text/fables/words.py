@@ -39,10 +39,10 @@ COLD = _words(
 LISTS["traits"] = WARM + COLD
 _words(
     "kinds",
-    "fox badger hare bear wolf stag squirrel hedgehog beaver weasel goat mole rabbit donkey mouse "
+    "fox badger hare bear wolf lynx squirrel hedgehog beaver weasel goat mole rabbit donkey mouse "
     "hamster",
 )
-_words("helpers", "heron raven stork crow peacock swan magpie pelican tortoise rooster crane gull")
+_words("helpers", "heron raven stork crow parrot swan magpie pelican tortoise pheasant crane gull")
 _phrases(
     "places",
     """beside a quiet lake, under a stone bridge, behind the old mill, above a foggy harbor,
@@ -106,9 +106,9 @@ _words("loudly", "loudly softly merrily")
 _words("folk", "neighbors villagers farmers shepherds sailors millers")
 
 # The small world's.
-_words("small_names", "Ada Tilda Hugo Otto")
-_words("small_traits", "gentle loyal greedy cruel")
-_words("small_kinds", "fox bear hare mole")
-_words("small_wants", "kite drum boat")
+_words("small_names", "Ada Tilda Nell Rosa Hugo Otto Milo Gus")
+_words("small_traits", "gentle loyal kindly merry greedy cruel proud vain")
+_words("small_kinds", "fox bear hare mole badger rabbit squirrel mouse")
+_words("small_wants", "kite drum boat crown garden violin puppet sled")
 _words("small_tools", "rope lamp spade ladder saw")
 _words("small_helpers", "goat crow")

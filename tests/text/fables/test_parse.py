@@ -65,14 +65,10 @@ def derivations(tell, lists, forced=()) -> list[Story]:
 
 def test_probabilities_of_a_cut_down_grammar_sum_to_one():
     every = derivations(tiny, TINY_LISTS)
-    assert len({story.text for story in every}) == len(every) == 9 + 54
+    # Of each of 3 heroes and 3 pets: sold, or sang to in 2 + 1 ways; a cart's story ends there, the
+    # others' go on in 1 + 3 ways.
+    assert len({story.text for story in every}) == len(every) == 3 * 4 * (1 + 4 + 4)
     assert math.fsum(math.exp(story.logprob) for story in every) == pytest.approx(1, abs=1e-12)
-
-
-def derivation_count():
-    # Per hero: 3 pets; sold 1 way, sang 2 friends + 1 = 3 ways; a cart ends there, others go on
-    # in 1 + 3 ways. 3 * (4 + 2 * 4 * 4).
-    return 3 * (4 + 2 * 4 * 4)
 
 
 def test_every_derivation_reads_as_itself():
@@ -112,7 +108,7 @@ def test_charges_are_the_conditional_probabilities_of_characters():
         assert reader.charges() == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize(("size", "fixed"), [("small", 6), ("full", 21)])
+@pytest.mark.parametrize(("size", "fixed"), [("small", 6), ("full", 26)])
 def test_probabilities_of_the_continuations_of_a_beginning_sum_to_its_own(size, fixed):
     """The real grammars cannot be enumerated; all ways on from one beginning can."""
     story = generate(3, size=size)
@@ -157,8 +153,8 @@ def test_a_story_of_the_other_size_is_refused(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_one_word_perturbations_are_refused(size):
-    """Deleted, doubled and exchanged words. Another word of the vocabulary may make another story:
-    then, and only then, its derivation writes exactly that text."""
+    """Doubled, deleted and exchanged words. The last two may make another story ("never" left out
+    of "her wish never came true"): then its derivation writes exactly that text."""
     rng = random.Random(0)
     drawn = list(stories(8, 150, size=size))
     vocabulary = sorted({word for story in drawn for word in story.text.split()})
@@ -167,18 +163,18 @@ def test_one_word_perturbations_are_refused(size):
         words = story.text.split()
         for _ in range(6):
             place = rng.randrange(len(words))
-            swapped = [*words[:place], rng.choice(vocabulary), *words[place + 1 :]]
-            doubled = [*words[:place], words[place], *words[place:]]
-            assert not parse(" ".join(words[:place] + words[place + 1 :]), size=size).valid
-            assert not parse(" ".join(doubled), size=size).valid
-            read = parse(" ".join(swapped), size=size)
-            if swapped != words and read.valid:
-                accepted += 1
-                script = iter(read.choices)
-                writer = Writer(LISTS, lambda count, weights, script=script: next(script))
-                story_of(size)(writer)
-                assert writer.text() == " ".join(swapped)
-    assert accepted < (0.02 if size == "full" else 0.1) * 6 * len(drawn)
+            before, word, after = words[:place], words[place], words[place + 1 :]
+            assert not parse(" ".join([*before, word, word, *after]), size=size).valid
+            for instead in ([], [rng.choice(vocabulary)]):
+                text = " ".join([*before, *instead, *after])
+                read = parse(text, size=size)
+                if text != story.text and read.valid:
+                    accepted += 1
+                    script = iter(read.choices)
+                    writer = Writer(LISTS, lambda count, weights, script=script: next(script))
+                    story_of(size)(writer)
+                    assert writer.text() == text
+    assert accepted < (0.02 if size == "full" else 0.1) * 12 * len(drawn)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -286,7 +282,7 @@ def test_charges_sum_to_the_storys_own(size):
 def test_what_must_be_remembered_is_charged_nothing():
     for story in stories(41, 50):
         found = charges(story.text)
-        for word in re.finditer("|".join(LISTS["tools"]), story.text):
+        for word in re.finditer(rf"\b(?:{'|'.join(LISTS['tools'])})\b", story.text):
             if word.start() > len(story.text) // 2:
                 assert sum(found[word.start() : word.end()]) == pytest.approx(0, abs=1e-12)
 

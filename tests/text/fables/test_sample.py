@@ -10,7 +10,7 @@ from minilm.errors import UserError
 from minilm.text.fables import SIZES, generate, stories
 from minilm.text.fables.grammar import KEEPS, story_of
 from minilm.text.fables.sample import Writer
-from minilm.text.fables.words import LISTS
+from minilm.text.fables.words import LISTS, WARM
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -48,8 +48,8 @@ def test_the_choices_are_the_story(size):
 
 def test_weighted_choices_come_as_often_as_stated():
     """Promises of warm heroes: 5 standard errors, so a false alarm once in a million worlds."""
-    drawn = [story for story in stories(0, 4000, size="small")]
-    warm = [s for s in drawn if " gentle " in s.text or " loyal " in s.text]
+    drawn = list(stories(0, 4000, size="small"))
+    warm = [s for s in drawn if s.text.split()[3] in WARM]  # "Ada was a gentle fox."
     share = sum(bool(s.attributes.promise_kept) for s in warm) / len(warm)
     assert abs(len(warm) / len(drawn) - 0.5) < 5 * (0.25 / len(drawn)) ** 0.5
     assert abs(share - KEEPS[True]) < 5 * (0.25 / len(warm)) ** 0.5
