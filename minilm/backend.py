@@ -4,6 +4,7 @@ On a CPU, bfloat16 is faster than float32 only where oneDNN's fused kernels and 
 exist, and slower elsewhere; so it is timed, not guessed.
 """
 
+import atexit
 import contextlib
 import hashlib
 import importlib.metadata
@@ -68,8 +69,24 @@ def configure(config: BackendConfig, stored: Mapping[str, Any] | None = None) ->
         os.environ["XLA_FLAGS"] = choice.xla_flags
     else:
         os.environ.pop("XLA_FLAGS", None)
-    _use_compilation_cache(choice.xla_flags)
+    _start_jax(choice.xla_flags)
     return choice
+
+
+def keep[F](function: F) -> F:
+    """Keeps a jitted function, and so its program, until the process ends; returns it.
+
+    jaxlib 0.12 aborts the process ("Check failed: available_.size() == num_created_") when a
+    program with oneDNN fusions is destroyed within milliseconds of its last use. So a function
+    that is jitted inside another one, and would die when that returns, has to be kept.
+    """
+    if "onednn" in os.environ.get("XLA_FLAGS", ""):
+        _KEPT.append(function)
+    return function
+
+
+_KEPT: list[object] = []
+WIND_UP = 0.3  # seconds; 0.05 was enough in 268 of 268 cases on a machine at five times its load
 
 
 def cache_dir() -> Path | None:
@@ -107,7 +124,7 @@ def matmul_rate(dtype: str, seconds: float = 1.0) -> float:
 
     size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: a @ b)
+    product = keep(jax.jit(lambda a, b: a @ b))
     product(x, x).block_until_ready()
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
@@ -264,13 +281,23 @@ def _step(dtype: str) -> tuple[Callable[[Any], Any], Any]:
     return step, matrices
 
 
-def _use_compilation_cache(flags: str) -> None:
-    """Keeps compiled programs between runs; not oneDNN's, which JAX can't store and warns about."""
+def _start_jax(flags: str) -> None:
+    """Keeps compiled programs between runs, except oneDNN's, which JAX can't store and warns about.
+
+    Those need a moment at the end instead, for the reason that `keep` gives.
+    """
     import jax
 
     folder = cache_dir()
-    if folder and "onednn" not in flags and not jax.config.jax_compilation_cache_dir:
+    if "onednn" in flags:
+        atexit.unregister(_wind_up)
+        atexit.register(_wind_up)  # after JAX's own, so it runs before
+    elif folder and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+
+
+def _wind_up() -> None:
+    time.sleep(WIND_UP)
 
 
 def _jax_has_started() -> bool:

@@ -351,34 +351,18 @@ def _explained(error: ErrorDetails, document: dict[str, Any], where: Where) -> U
         if isinstance(part, str):
             key.append(part)
         value = value.get(part) if isinstance(value, dict) else value
-    place = where(tuple(key))
-    match error["type"]:
-        case "missing":
-            option = "--" + ".".join(key).replace("_", "-")
-            return UserError(
-                "is required", where=place, allowed=describe(schema), hint=f"pass {option}"
-            )
-        case "value_error":
-            return UserError(str(error.get("ctx", {})["error"]), where=place)
-        case "union_tag_invalid":
-            allowed = list(_members(schema))
-            kind = value["kind"]
-            close = nearest(str(kind), allowed)
-            return UserError(
-                "unknown kind",
-                where=where((*key, "kind")),
-                value=kind,
-                allowed=allowed,
-                hint=f"did you mean '{close}'?" if close else None,
-            )
-    close = nearest(value, schema["enum"]) if isinstance(value, str) and "enum" in schema else None
-    return UserError(
-        "wrong value" if "enum" in schema or isinstance(value, int | float) else "wrong type",
-        where=place,
-        value=value,
-        allowed=describe(schema),
-        hint=f"did you mean '{close}'?" if close else None,
-    )
+    if error["type"] == "union_tag_invalid":
+        key, value, schema = [*key, "kind"], value["kind"], {"enum": list(_members(schema))}
+    place, allowed = where(tuple(key)), describe(schema)
+    if error["type"] == "missing":
+        option = "--" + ".".join(key).replace("_", "-")
+        return UserError("is required", where=place, allowed=allowed, hint=f"pass {option}")
+    if error["type"] == "value_error":
+        return UserError(str(error.get("ctx", {})["error"]), where=place)
+    close = nearest(str(value), schema.get("enum", ()))
+    hint = f"did you mean '{close}'?" if close else None
+    kind = "value" if "enum" in schema or isinstance(value, int | float) else "type"
+    return UserError(f"wrong {kind}", where=place, value=value, allowed=allowed, hint=hint)
 
 
 def _one_of(names: Any) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from minilm import backend
 from minilm.model import Cache, Transformer, cast, decode, logits, prefill
 
 BLOCK = 64  # of the two-level inverse-CDF sampler: about the square root of a small vocabulary
@@ -158,8 +159,10 @@ def stream(
     draw = _sampler(temperature, top_k, top_p)
     weights = cast(model)
     rows = left_pad([prompt], pad_id, -(-len(prompt) // 16) * 16)
-    start = jax.jit(lambda m, rows, key: _start(m, rows, key, max_new_tokens, pad_id))
-    advance = jax.jit(lambda m, s, stop: _advance(m, s, draw, stop, eos_id, pad_id))
+    start = backend.keep(
+        jax.jit(lambda m, rows, key: _start(m, rows, key, max_new_tokens, pad_id))
+    )
+    advance = backend.keep(jax.jit(lambda m, s, stop: _advance(m, s, draw, stop, eos_id, pad_id)))
     state = start(weights, jnp.asarray(rows), key)
     for begin in range(0, max_new_tokens, chunk):
         state = advance(weights, state, jnp.int32(min(begin + chunk, max_new_tokens)))

@@ -43,7 +43,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     Weight decay falls on matrices of the layers only: not on norms, not on the embedding or head.
     Muon orthogonalises the layers' kernels; embedding, head, norms and scalar head take Adam
-    (Jordan et al. 2024), since `optax.contrib.muon` by default would take every 2-D leaf.
+    (Jordan et al. 2024), here with Nesterov momentum too. `optax.contrib.muon` by default would
+    take every 2-D leaf.
     """
     rate = schedule(config, steps, config.learning_rate)
     rows = {
@@ -57,6 +58,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         ),
         "muon": lambda: optax.contrib.muon(
             schedule(config, steps, config.muon_learning_rate),
+            eps=config.eps,
             weight_decay=config.weight_decay,
             consistent_rms=0.2,  # Liu et al. (2025), arXiv:2502.16982, eq. 4
             adam_b1=config.beta1,

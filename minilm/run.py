@@ -103,7 +103,7 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
         _print_summary(_summary(out))
         return
     (out / "config.toml").write_text(configfile.dump(config), encoding="utf-8")
-    environment = _environment(config, out)
+    environment = _environment(config, out, init)
     console.print(f"compute: {environment['compute_dtype']}; {environment['reason']}")
     _print_plan(plan, config, environment)
 
@@ -276,7 +276,7 @@ def _set_aside(out: Path, redo: str) -> None:
         console.print(f"kept the old {name} as {kept}")
 
 
-def _environment(config: Config, out: Path) -> dict:
+def _environment(config: Config, out: Path, init: Path | None) -> dict:
     """The backend's choice, made once a run, and what the machine is and gives right now."""
     path = out / "environment.json"
     stored = _read_json(path)
@@ -287,6 +287,7 @@ def _environment(config: Config, out: Path) -> dict:
         "choice": choice._asdict(),
         **choice._asdict(),
         **backend.facts(),
+        "init": str(init) if init else None,
         "matmul_gflops": backend.matmul_rate(choice.compute_dtype),
     }
     write_json(path, environment)

@@ -1,5 +1,6 @@
 """The one training loop: a jitted, donated step, and `fit`, which never loses a run."""
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from minilm import checkpoint
+from minilm import backend, checkpoint
 from minilm.config import LoopConfig
 from minilm.errors import UserError
 from minilm.losses.reduce import Mean
@@ -122,7 +123,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, model, opt_state, extra), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return backend.keep(jax.jit(step, donate_argnums=0))
 
 
 def fit(
@@ -193,7 +194,8 @@ def fit(
     saved = found
     window: list[dict] = []
     sampled = done > 0
-    with _Signals() as signals, Progress(title, steps, start=done) as progress:
+    opened = contextlib.closing(log)
+    with opened, _Signals() as signals, Progress(title, steps, start=done) as progress:
         if found and done:
             progress.note(f"{title}: resumed at step {done} from {found.name}")
         if done == 0 or done == steps or done % loop.evaluate_every == 0:
@@ -205,7 +207,9 @@ def fit(
             if previous is not None:  # reading step k - 1 while step k runs: no idle device
                 window.append(jax.device_get(previous))
             previous = metrics
-            if (k + 1) % loop.log_every and k + 1 != steps:
+            due = (k + 1) % loop.evaluate_every == 0 or k + 1 == steps
+            saving = due or (k + 1) % loop.checkpoint_every == 0 or signals.caught
+            if (k + 1) % loop.log_every and not saving:
                 if len(window) % 4 == 1:
                     progress.update(k, _means(window[-1:]), tokens_per_step)
                 continue
@@ -220,8 +224,7 @@ def fit(
             log.log(k + 1, last_metrics)
             progress.update(k + 1, last_metrics, tokens_per_step)
             _check_finite(int(state.extra["skipped_in_a_row"]), loop, title, k + 1)
-            due = (k + 1) % loop.evaluate_every == 0 or k + 1 == steps
-            if due or (k + 1) % loop.checkpoint_every == 0 or signals.caught:
+            if saving:
                 save(k + 1, seconds)
             if signals.caught:
                 raise Interrupted(f"{title} saved at step {k + 1}; the same command goes on")
@@ -232,7 +235,6 @@ def fit(
                 progress.note(f"{title} {k + 1}/{steps} writes: {sample(state)}")
                 sampled = True
             clock = time.perf_counter()
-    log.close()
     record = {"seconds": seconds, **evaluations.get(steps, {})}
     if tokens_per_step and seconds:
         record["tokens_per_second"] = steps * tokens_per_step / seconds
@@ -242,7 +244,7 @@ def fit(
 def _means(window: list[dict]) -> dict[str, float]:
     """Totals over counts: a mean of means would weigh ragged batches wrongly."""
     out = {}
-    for name in window[0]:
+    for name in sorted(window[0], key=lambda n: n != "loss"):  # what is shown first comes first
         values = [w[name] for w in window]
         if isinstance(values[0], Mean):
             total, count = sum(float(v.total) for v in values), sum(float(v.count) for v in values)
@@ -264,7 +266,8 @@ def _check_finite(in_a_row: int, loop: LoopConfig, title: str, step: int) -> Non
 
 
 def _line(head: str, values: Mapping[str, float]) -> str:
-    return head + "  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
+    shown = {k: v for k, v in values.items() if not k.startswith("reference/")}
+    return head + "  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
 
 
 class _Signals:

@@ -1,6 +1,12 @@
 """What every test runs under: checked shapes, no silent promotion, no network."""
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 # Before anything imports JAX or a Hugging Face library; subprocesses inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -21,3 +28,143 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # No deadline: the first example of a shape compiles. Derandomised: a red build means a change.
 settings.register_profile("minilm", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("minilm")
+
+
+class Done(NamedTuple):
+    """How a command's process ended. `code` is minus the signal's number if one ended it."""
+
+    code: int
+    output: str
+
+
+class Processes:
+    """Runs minilm commands, each in a process of its own (see forkserver.py)."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self._output = folder / "output"
+        self._server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", Path(__file__).with_name("forkserver.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, **CACHE, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        )
+        assert self._read() == "ready"
+
+    def __call__(
+        self, *words: object, at: tuple[str, int, int] | None = None, after: float | None = None
+    ) -> Done:
+        """Runs `minilm WORDS`, or the script that the first word names, and waits for its end.
+
+        Args:
+          at: (part, n, signal): the process gets `signal` just before its n-th file operation on a
+            path that contains `part`.
+          after: seconds after which it is killed.
+        """
+        request = {"words": [str(word) for word in words], "output": str(self._output)}
+        assert self._server.stdin is not None
+        print(json.dumps(request | {"signal": at, "after": after}), file=self._server.stdin)
+        self._server.stdin.flush()
+        code = int(self._read())
+        return Done(code, self._output.read_text(errors="replace"))
+
+    def _read(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().strip()
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+
+# Programs compiled by one process of a session serve the others, even those that compile fast.
+CACHE = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory, compiled) -> Iterator[Processes]:
+    """Commands in processes of their own."""
+    server = Processes(tmp_path_factory.mktemp("processes"), compiled)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The config of seconds."""
+    return Path(__file__).with_name("tiny.toml")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, tiny, compiled) -> Path:
+    """One uninterrupted run of tests/tiny.toml, made in this process. To be read, not written."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from minilm import cli
+
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    options = {"jax_compilation_cache_dir": str(compiled)}
+    options |= {name.lower(): int(value) for name, value in CACHE.items()}
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # else the folder of the first compilation stays
+    code = cli.main(["run", str(tiny), "--out", str(out)])
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    assert code == 0
+    return out
+
+
+TIMES = {"seconds", "wall_seconds", "tokens_per_second"}
+
+
+def timeless(value: Any) -> Any:
+    """JSON without what depends on the clock."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in TIMES}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Path, Path], None]:
+    """Asserts that two run folders hold the same figures, curves, files and parameters."""
+    from minilm import checkpoint, metrics
+
+    def same(ours: Path, theirs: Path) -> None:
+        for stage in ("pretrain", "preferences", "reward", "rlhf"):
+            a, b = ours / stage, theirs / stage
+            names = sorted(p.name for p in b.iterdir())
+            assert sorted(p.name for p in a.iterdir()) == names
+            for name in names:
+                if name.endswith(".json"):
+                    x, y = (json.loads((folder / name).read_text()) for folder in (a, b))
+                    assert timeless(x) == timeless(y), f"{stage}/{name}"
+                elif name == "metrics.jsonl":
+                    assert timeless(metrics.read(a / name)) == timeless(metrics.read(b / name))
+                elif name == "checkpoints":
+                    kept = [p.name for p in sorted((b / name).iterdir())]
+                    assert [p.name for p in sorted((a / name).iterdir())] == kept
+                    for step in kept:
+                        x, y = (checkpoint.load_arrays(f / name / step) for f in (a, b))
+                        assert x.keys() == y.keys()
+                        for key in x:
+                            assert x[key].tobytes() == y[key].tobytes(), f"{stage}/{step}: {key}"
+                else:
+                    assert (a / name).read_bytes() == (b / name).read_bytes(), f"{stage}/{name}"
+        x, y = (json.loads((f / "summary.json").read_text()) for f in (ours, theirs))
+        for stage in ("pretrain", "preferences", "reward", "rlhf"):
+            assert timeless(x[stage]) == timeless(y[stage])
+        assert (ours / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+
+    return same

@@ -120,7 +120,7 @@ EXAMPLE_KEYS = {"corpus.size", "corpus.documents"}  # of the example, where the 
         ("[modle]\nnum_layers = 4", "", ["example.toml: modle", "did you mean model?"]),
         ("[pretrain]\nlearning_rate = 1.0", "", ["pretrain.optimizer.learning_rate"]),
         ("[corpus]\nfiles = ['a']", "", ["'files' belongs to corpus.kind = 'text'"]),
-        ("[corpus]\nkind = 'txt'", "", ["corpus.kind", "'txt'", "fables, hub", "mean 'text'?"]),
+        ("[corpus]\nkind = 'txt'", "", ["corpus.kind", "'txt'", "'fables' or", "mean 'text'?"]),
         ("[corpus]\nkind = 3", "", ["corpus.kind", "3"]),
         ("[corpus]\nkind = 'hub'", "", ["corpus.name: is required", "pass --corpus.name"]),
         ("model = 3", "", ["model: must be a section", "num_layers"]),

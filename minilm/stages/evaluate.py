@@ -27,7 +27,7 @@ class DocumentLosses(NamedTuple):
 def _row_losses(model: Transformer, batch: Batch):
     scores = logits(model, hidden_states(model, batch.tokens, batch.segments))
     losses = next_token_cross_entropy(scores, batch.targets) * batch.weights
-    right = (jnp.argmax(scores, axis=-1) == batch.targets) * batch.weights
+    right = jnp.where(jnp.argmax(scores, axis=-1) == batch.targets, batch.weights, 0.0)
     return losses, jnp.sum(batch.weights, axis=1), jnp.sum(right, axis=1)
 
 

@@ -89,8 +89,12 @@ def reward(ws: Workspace) -> dict:
         chosen = [train[i] for i in order[place * size : (place + 1) * size]]
         return update(state, _batch(chosen, size, shape))
 
+    model = ws.load("pretrain", scalar_head=True)
+    # A random head sends gradient into the trunk from the first step on; a zero one would not.
+    key = jax.random.fold_in(jax.random.key(config.seed), 32)
+    model.score[...] = jax.random.normal(key, model.score.shape) * model.config.embed_dim**-0.5
     state, record = fit(
-        init_state(ws.load("pretrain", scalar_head=True), optimizer),
+        init_state(model, optimizer),
         step,
         title="reward",
         steps=steps,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minilm import backend
 from minilm.algorithms import ALGORITHMS, Algorithm, PolicyBatch, objective, price
 from minilm.choices import choose
 from minilm.config import RLHFConfig
@@ -104,6 +105,7 @@ def make_step(
         forward, objective(algorithm, config), optimizer, accumulation=config.accumulation
     )
 
+    @backend.keep
     @jax.jit
     def prepare(model, reference, reward_model, rows, samples):
         rollout = complete_rollout(

@@ -1,27 +1,34 @@
 """Token rows: documents packed once, memory-mapped, and batches as a function of (seed, step)."""
 
+import bisect
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from minilm.errors import UserError
 from minilm.text.corpora import Document
-from minilm.text.tokenizer import Tokenizer
+from minilm.text.tokenizer import CHUNK, Tokenizer
 
-type Rows = Int[np.ndarray, "N T1"]
+type Rows = Integer[np.ndarray, "N T1"]
+
+LAYOUT = 2  # of the cached rows: another number makes old files stale
 
 
 class Batch(NamedTuple):
-    """Inputs, targets one token on, loss weights (0 at padding) and segments: one a document."""
+    """Inputs, targets one token on, loss weights (0 at padding) and segments: one a document.
 
-    tokens: Int[np.ndarray, "B T"]
-    targets: Int[np.ndarray, "B T"]
-    weights: Float[np.ndarray, "B T"]
-    segments: Int[np.ndarray, "B T"]
+    NumPy arrays here, JAX's inside a jitted step: a pytree either way.
+    """
+
+    tokens: Int[Any, "B T"]
+    targets: Int[Any, "B T"]
+    weights: Float[Any, "B T"]
+    segments: Int[Any, "B T"]
 
 
 def batch_of(rows: Rows) -> Batch:
@@ -34,102 +41,153 @@ def batch_of(rows: Rows) -> Batch:
 
 
 class Batches:
-    """Batch k, by random access: the rows are shuffled anew each epoch, without end."""
+    """Batch k, by random access: the rows are shuffled anew each epoch, without end.
+
+    No iterator state: a resumed run asks for the batch of its step. The last batch of an epoch is
+    filled with the first rows of the next.
+    """
 
     def __init__(self, rows: Rows, *, batch_size: int, seed: int):
-        import grain
+        import grain  # two seconds: only where it is used
 
         self._rows, self._size = rows, batch_size
-        self._order = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat()
+        # Row numbers, not rows: half the Python a row. Grain takes seeds of 32 bits.
+        self._order = grain.MapDataset.range(len(rows)).shuffle(seed=seed % 2**32).repeat()
         self.steps_per_epoch = len(rows) / batch_size
 
     def __getitem__(self, step: int) -> Batch:
+        if step < 0:
+            raise IndexError(f"steps count from 0, got {step}")
         start = step * self._size
-        return batch_of(self._rows[[self._order[start + i] for i in range(self._size)]])
+        chosen = np.array([self._order[start + i] for i in range(self._size)], np.int64)
+        return batch_of(self._rows[chosen])
 
 
 def tokenize(
-    documents: Sequence[Document], tokenizer: Tokenizer, sequence_length: int,
-    cache: Path, seed: int,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    cache: Path,
+    seed: int,
 ) -> Rows:
     """Rows of `sequence_length` + 1 tokens, made once and memory-mapped from `cache`.
 
-    Every document reads: end-of-text, text, end-of-text; the closing token of one is the opening
-    one of the next in its row. Documents that fit stay whole and are packed by best fit; longer
-    ones are cut into windows that overlap by one token, so each token is predicted once.
+    Every document reads: end-of-text, text, end-of-text. Documents are packed in an order drawn
+    from `seed`. The file is named by what decides its content, and made again when damaged.
 
     Raises:
-      UserError: the corpus is shorter than one sequence.
+      UserError: the corpus is shorter than one sequence; the cache cannot be written.
     """
-    key = hashlib.sha256(f"{tokenizer.digest} {sequence_length} {seed}".encode())
+    key = hashlib.sha256(f"{LAYOUT} {tokenizer.digest} {sequence_length} {seed}".encode())
     for document in documents:
         key.update(hashlib.sha256(document.text.encode()).digest())
     path = cache / f"rows-{key.hexdigest()[:16]}.npy"
-    if path.exists():
-        try:
-            return np.load(path, mmap_mode="r")
-        except ValueError:
-            path.unlink()
-    encoded = tokenizer.encode_batch([d.text for d in documents])
-    total = sum(map(len, encoded))
+    rows = _cached(path, sequence_length)
+    if rows is not None:
+        return rows
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+    order = np.random.default_rng((seed, 5)).permutation(len(documents))
+    encoded: list[np.ndarray] = []
+    for start in range(0, len(order), CHUNK):  # lists of Python integers are large
+        texts = [documents[i].text for i in order[start : start + CHUNK]]
+        encoded += [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts)]
+    total = sum(len(ids) + 1 for ids in encoded)  # each with its end-of-text
     if total < sequence_length:
         raise UserError(
-            f"the corpus has {total} tokens, fewer than one sequence",
-            where="pretrain.sequence_length", value=sequence_length, allowed=f"at most {total}",
+            f"the corpus is shorter than one sequence: {total} tokens to train on, "
+            f"{sequence_length} needed",
+            where="pretrain.sequence_length",
+            value=sequence_length,
+            allowed=f"at most {total} with this corpus and tokenizer",
             hint="give more text, or a shorter sequence",
         )
-    rows = np.array(pack(encoded, sequence_length), np.int32)
-    np.random.default_rng((seed, 5)).shuffle(rows)
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, rows)
-    temporary.replace(path)
+    _store(path, pack(encoded, sequence_length))
     return np.load(path, mmap_mode="r")
 
 
-def pack(encoded: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """Padded rows of `length` + 1 ids; best fit for whole documents, windows for long ones."""
-    eos, pad = Tokenizer.eos_id, Tokenizer.pad_id
-    rows: list[list[int]] = []
-    open_rows: dict[int, list[list[int]]] = {}  # by room left
+def _cached(path: Path, length: int) -> Rows | None:
+    """The rows of a cache file, None when there is none or it is damaged."""
+    try:
+        rows = np.load(path, mmap_mode="r")
+        whole = path.stat().st_size == rows.offset + rows.nbytes
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+    ):  # missing; no or half a header; fewer bytes than it says
+        return None
+    return rows if whole and rows.ndim == 2 and rows.shape[1] == length + 1 else None
+
+
+def _store(path: Path, rows: Rows) -> None:
+    from minilm.checkpoint import write_atomically  # imports JAX
+
+    file = io.BytesIO()
+    np.save(file, rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder: {error.strerror}", where=path.parent) from error
+    write_atomically(path, file.getvalue())
+
+
+def pack(encoded: Sequence[Integer[np.ndarray, "_"]], length: int) -> Rows:
+    """Documents laid into rows of `length` + 1 ids; each of their tokens is a target once.
+
+    A document that fits stays whole, in the fullest row that has room (best fit); the closing
+    end-of-text of one is the opening one of the next. A longer one is cut into windows that
+    overlap by one token; its last window opens a row that takes others after it. Padding is last.
+    """
+    eos = Tokenizer.eos_id
+    rows: list[list[np.ndarray]] = []
+    rooms: list[tuple[int, int]] = []  # (targets that still fit, row), sorted
     for ids in encoded:
-        need = len(ids) + 1
-        if need > length:
-            whole = [eos, *ids, eos]
-            rows += [whole[i : i + length + 1] for i in range(0, len(whole) - 1, length)]
-            continue
-        room = next((r for r in range(need, length + 1) if open_rows.get(r)), None)
-        row = open_rows[room].pop() if room is not None else [eos]
-        row += [*ids, eos]
-        open_rows.setdefault(length + 1 - len(row), []).append(row)
-    rows += [row for group in open_rows.values() for row in group]
-    return [row + [pad] * (length + 1 - len(row)) for row in rows]
+        piece = np.concatenate([[eos], ids, [eos]])
+        fits = len(piece) <= length + 1
+        while len(piece) > length + 1:
+            rows.append([piece[: length + 1]])
+            piece = piece[length:]
+        need = len(piece) - 1
+        at = bisect.bisect_left(rooms, (need, 0)) if fits else len(rooms)
+        if at < len(rooms):
+            room, row = rooms.pop(at)
+            rows[row].append(piece[1:])
+        else:
+            room, row = length, len(rows)
+            rows.append([piece])
+        if room > need:
+            bisect.insort(rooms, (room - need, row))
+    dtype = encoded[0].dtype if encoded else np.int32
+    packed = np.full((len(rows), length + 1), Tokenizer.pad_id, dtype)
+    for row, pieces in zip(packed, rows, strict=True):
+        laid = np.concatenate(pieces)
+        row[: len(laid)] = laid
+    return packed
 
 
 def alone(
     token_lists: Sequence[Sequence[int]], *, batch_size: int, max_length: int, ids: Tokenizer
-) -> Iterator[tuple[Batch, np.ndarray]]:
+) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
     """Each document by itself, from the start token, its own end-of-text included.
 
-    Rows are sorted by length and padded to a multiple of 32, so that few shapes are compiled.
-    Windows of a long document share its index.
+    Rows are sorted by length and padded to a multiple of 32 (at most to `max_length`), so that few
+    shapes are compiled. Windows of a longer document overlap by one token and share its index.
 
     Yields:
       A batch and the document of each of its rows, -1 at rows that only fill the batch.
     """
-    pieces = []
+    pieces: list[tuple[int, list[int]]] = []
     for n, tokens in enumerate(token_lists):
         whole = [ids.eos_id, *tokens, ids.eos_id]
-        pieces += [
-            (n, whole[i : i + max_length + 1]) for i in range(0, len(whole) - 1, max_length)
-        ]
+        pieces += [(n, whole[i : i + max_length + 1]) for i in range(0, len(whole) - 1, max_length)]
     pieces.sort(key=lambda p: len(p[1]))
     for start in range(0, len(pieces), batch_size):
         part = pieces[start : start + batch_size]
-        width = min(-(-(len(part[-1][1]) - 1) // 32) * 32, max(max_length, 32))
+        longest = len(part[-1][1]) - 1
+        width = min(-(-longest // 32) * 32, max_length)
         rows = np.full((batch_size, width + 1), ids.pad_id, np.int32)
-        for row, (_, piece) in zip(rows, part, strict=False):
-            row[: len(piece)] = piece
         owners = np.full(batch_size, -1)
-        owners[: len(part)] = [n for n, _ in part]
+        for place, (n, piece) in enumerate(part):
+            rows[place, : len(piece)] = piece
+            owners[place] = n
         yield batch_of(rows), owners

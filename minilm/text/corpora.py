@@ -1,6 +1,10 @@
 """Where text comes from: the fables grammar, local files, the hub, CPython's own manual."""
 
 import glob
+import logging
+import os
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +28,11 @@ class Document(NamedTuple):
 
 
 class Split(NamedTuple):
+    """`duplicates` counts the training documents left out because their text is held out."""
+
     train: list[Document]
     held_out: list[Document]
+    duplicates: int = 0
 
 
 def split(corpus: Corpus, seed: int) -> Split:
@@ -38,27 +45,43 @@ def split(corpus: Corpus, seed: int) -> Split:
     documents = [d for d in documents if d.text.strip()]
     if not documents:
         raise UserError("the corpus has no text", where=f"corpus.kind {corpus.kind}")
-    if len(documents) < FEW:
-        return _by_position(documents, corpus.held_out)
-    order = np.random.default_rng((seed, 3)).permutation(len(documents))
-    count = max(1, round(corpus.held_out * len(documents)))
-    held_out = [documents[i] for i in sorted(order[:count])]
+    by = _by_position if len(documents) < FEW else _by_document
+    train, held_out = by(documents, corpus.held_out, seed)
     known = {d.text for d in held_out}
-    train = [documents[i] for i in sorted(order[count:]) if documents[i].text not in known]
-    return Split(train, held_out)
+    kept = [d for d in train if d.text not in known]
+    return Split(kept, held_out, len(train) - len(kept))
 
 
-def _by_position(documents: list[Document], held_out: float) -> Split:
-    """The last share of the characters, in order, cutting one document in two."""
+def _by_document(
+    documents: list[Document], held_out: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """A random share. The held-out half stays shuffled: any first part of it is a fair sample."""
+    order = np.random.default_rng((seed, 3)).permutation(len(documents))
+    count = max(1, round(held_out * len(documents)))
+    return (
+        [documents[i] for i in sorted(order[count:])],
+        [documents[i] for i in order[:count]],
+    )
+
+
+def _by_position(
+    documents: list[Document], held_out: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """The last share of the characters, in order; the document at the border is cut in two."""
     total = sum(len(d.text) for d in documents)
     border = total - max(1, round(held_out * total))
-    train, rest = [], []
+    train: list[Document] = []
+    rest: list[Document] = []
     for document in documents:
-        head, tail = document.text[: max(border, 0)], document.text[max(border, 0) :]
+        if border >= len(document.text):
+            train.append(document)
+        elif border <= 0:
+            rest.append(document)
+        else:
+            train.append(Document(document.text[:border], f"{document.id}[:{border}]"))
+            rest.append(Document(document.text[border:], f"{document.id}[{border}:]"))
         border -= len(document.text)
-        train += [Document(head, document.id)] if head else []
-        rest += [Document(tail, document.id + ("#tail" if head else ""))] if tail else []
-    return Split(train, rest)
+    return train, rest
 
 
 def fables(corpus: FablesCorpus, seed: int) -> Iterator[Document]:
@@ -68,97 +91,175 @@ def fables(corpus: FablesCorpus, seed: int) -> Iterator[Document]:
 
 
 def text(corpus: TextCorpus, seed: int) -> Iterator[Document]:
-    """Local files: a .txt is one document, whole; others have a document a row."""
+    """Local files, each once: a .txt is one document, whole; others have a document a row.
+
+    Raises:
+      UserError: no file named or found; one that is empty, binary, not UTF-8, or not what its
+        suffix says; a column that is missing or not text.
+    """
     if not corpus.files:
         raise UserError(
-            "no files are named", where="corpus.files",
+            "no files are named",
+            where="corpus.files",
             hint="pass them: --corpus.files PATH [PATH …], .txt, .jsonl, .csv or .parquet",
         )
-    for pattern in corpus.files:
-        paths = sorted(glob.glob(pattern, recursive=True))
-        if not paths:
-            raise UserError("no such file", where="corpus.files", value=pattern)
-        for path in map(Path, paths):
-            yield from _file(path, corpus.column)
+    for path in dict.fromkeys(p for pattern in corpus.files for p in _matches(pattern)):
+        suffix = path.suffix.lower()
+        choose(READERS, suffix, f"corpus.files {path}: suffix")
+        if suffix == ".txt":
+            # Not through `datasets`, which opens files in text mode and so rewrites \r\n as \n.
+            yield Document(_utf8(path), str(path))
+        else:
+            yield from _rows(path, suffix, corpus.column)
 
 
-LOADERS = {".txt": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Suffix to the reader of `datasets` and its options. Texts such as "NA" are no missing values.
+READERS: dict[str, tuple[str, dict[str, bool]]] = {
+    ".txt": ("text", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".parquet": ("parquet", {}),
+}
 
 
-def _file(path: Path, column: str) -> Iterator[Document]:
-    loader = choose(LOADERS, path.suffix, f"corpus.files {path}")
-    _check_text(path, binary=loader == "parquet")
-    import datasets
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    # Not Path.glob, which takes no absolute pattern.
+    names = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)  # noqa: PTH207
+    found = sorted(map(Path, names))
+    if not found:
+        raise UserError("no such file", where="corpus.files", value=pattern)
+    for folder in filter(Path.is_dir, found):
+        raise UserError(
+            "a folder, not a file",
+            where="corpus.files",
+            value=str(folder),
+            hint=f"name its files with a glob: '{folder}/**/*.txt'",
+        )
+    return found
 
-    datasets.disable_progress_bars()
-    options = {"sample_by": "document"} if loader == "text" else {}
+
+def _utf8(path: Path) -> str:
+    """The text of a file, every character kept."""
+    data = _bytes(path)
+    if 0 in data:
+        raise UserError(
+            f"a binary file: NUL at byte {data.index(0)}", where=path, allowed="UTF-8 text"
+        )
     try:
-        rows = datasets.load_dataset(
-            loader, data_files=str(path), split="train", streaming=True, **options
-        )
-        for i, row in enumerate(rows):
-            yield _row(row, "text" if loader == "text" else column, path, i)
-    except UserError:
-        raise
-    except Exception as error:  # datasets wraps what its readers raise in its own types
-        raise UserError(f"cannot read: {error.__cause__ or error}", where=path) from error
-
-
-def _row(row: dict, column: str, where: object, number: int) -> Document:
-    if column not in row:
+        return data.decode()
+    except UnicodeDecodeError as error:
         raise UserError(
-            f"no column '{column}'", where=where, allowed=list(row), hint="set corpus.column"
-        )
-    if not isinstance(row[column], str):
-        raise UserError(
-            f"column '{column}' of row {number + 1} is not text", where=where, value=row[column]
-        )
-    return Document(row[column], f"{where}#{number}")
+            f"not UTF-8 at byte {error.start}",
+            where=path,
+            value=data[error.start : error.start + 8],
+            allowed="UTF-8 text",
+            hint=f"convert it: iconv -f WINDOWS-1252 -t UTF-8 '{path}'",
+        ) from None
 
 
-def _check_text(path: Path, *, binary: bool) -> None:
+def _bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}", where=path) from error
     if not data.strip():
         raise UserError("the file is empty", where=path)
-    if binary:
-        return
-    if b"\0" in data:
-        raise UserError(
-            f"a binary file: NUL at byte {data.index(0)}", where=path, allowed="UTF-8 text"
-        )
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8 at byte {error.start}", where=path, allowed="UTF-8 text",
-            hint="convert it, for example with iconv",
-        ) from None
+    return data
+
+
+def _rows(path: Path, suffix: str, column: str) -> Iterator[Document]:
+    """The rows of a table. Streamed: `datasets` would otherwise copy each file into its cache."""
+    (_bytes if suffix == ".parquet" else _utf8)(path)
+    reader, options = READERS[suffix]
+    yield from _documents(
+        lambda datasets: datasets.load_dataset(
+            reader,
+            data_files=glob.escape(str(path.resolve())),
+            split="train",
+            streaming=True,
+            **options,
+        ),
+        column,
+        where=path,
+        hint=f"is it a {suffix} file?",
+    )
 
 
 def hub(corpus: HubCorpus, seed: int) -> Iterator[Document]:
-    """A Hugging Face data set, a document a row."""
-    import datasets
+    """A Hugging Face data set by name, or one in a local folder, a document a row.
+
+    Raises:
+      UserError: the hub is out of reach; a data set, configuration, split or column is not there.
+    """
+    alternatives = 'corpus.kind "fables", "text" (local files) and "pydoc" need no network'
+    if not Path(corpus.name).is_dir() and not _reachable():
+        raise UserError(
+            "the Hugging Face hub is out of reach",
+            where="corpus.name",
+            value=corpus.name,
+            hint=f"{alternatives}; HF_HUB_OFFLINE=1 takes a data set from the local cache",
+        )
+    yield from _documents(
+        lambda datasets: datasets.load_dataset(
+            corpus.name, corpus.config, split=corpus.split, streaming=corpus.streaming
+        ),
+        corpus.column,
+        where=f"corpus.name {corpus.name}",
+        hint=alternatives,
+        limit=corpus.max_documents,
+    )
+
+
+def _reachable() -> bool:
+    """Whether the hub answers: `datasets` itself would retry for half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return True  # nothing will be fetched: a cached data set loads, another fails at once
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if a refusal
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _documents(
+    load: Callable, column: str, *, where: object, hint: str, limit: int | None = None
+) -> Iterator[Document]:
+    """The texts in a column of what `load(datasets)` gives."""
+    import datasets  # two seconds: only where it is used
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        rows = datasets.load_dataset(
-            corpus.name, corpus.config, split=corpus.split, streaming=corpus.streaming
-        )
-        for i, row in enumerate(rows):
-            if corpus.max_documents is not None and i >= corpus.max_documents:
+        for number, row in enumerate(load(datasets), 1):
+            if limit is not None and number > limit:
                 return
-            yield _row(row, corpus.column, corpus.name, i)
-    except UserError:
+            yield Document(_text_of(row, column, where, number), f"{where}#{number}")
+    except (UserError, GeneratorExit):
         raise
-    except Exception as error:  # connection, name, config, split: each its own type
+    except Exception as error:  # network, name, split, format: each raises types of its own
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        raise UserError(f"cannot load: {reason.splitlines()[0]}", where=where, hint=hint) from error
+
+
+def _text_of(row: dict, column: str, where: object, number: int) -> str:
+    if column not in row:
         raise UserError(
-            f"cannot load from the hub: {type(error).__name__}: {str(error).splitlines()[0]}",
-            where="corpus.name", value=corpus.name,
-            hint='offline, use corpus.kind "fables", "text" (local files) or "pydoc"',
-        ) from error
+            f"no column '{column}'", where=where, allowed=sorted(row), hint="set corpus.column"
+        )
+    value = row[column]
+    if not isinstance(value, str):
+        raise UserError(
+            f"column '{column}' of row {number} is not text but {type(value).__name__}",
+            where=where,
+            value=value,
+            hint="set corpus.column",
+        )
+    return value
 
 
 def pydoc(corpus: PydocCorpus, seed: int) -> Iterator[Document]:
@@ -170,5 +271,8 @@ def pydoc(corpus: PydocCorpus, seed: int) -> Iterator[Document]:
 
 
 CORPORA: dict[str, Callable[..., Iterable[Document]]] = {
-    "fables": fables, "text": text, "hub": hub, "pydoc": pydoc
+    "fables": fables,
+    "text": text,
+    "hub": hub,
+    "pydoc": pydoc,
 }

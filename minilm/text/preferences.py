@@ -25,7 +25,8 @@ class Pair(NamedTuple):
     gold_rejected: float | None = None
 
 
-def chosen_probability(gap: np.ndarray, *, temperature: float, flip_rate: float) -> np.ndarray:
+def chosen_probability(
+    gap: np.ndarray | np.floating | float, *, temperature: float, flip_rate: float) -> np.ndarray:
     """P(one rater prefers the first), Bradley and Terry (1952), with a share of flipped votes.
 
     (1 − f) σ(gap / temperature) + f (1 − σ(gap / temperature)).

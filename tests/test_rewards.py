@@ -1,0 +1,81 @@
+"""The learned reward: where it is read, in which unit, and what has no end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from minilm.config import ModelConfig
+from minilm.model import Transformer, sequence_score
+from minilm.rewards import Normalization, learned_reward
+from minilm.rollout import Rollout
+
+PAD, EOS, WIDTH = 0, 1, 7
+CONFIG = ModelConfig(
+    num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24
+)  # fmt: skip
+UNIT = Normalization(0.0, 1.0)
+PROMPTS = [[1, 5, 3], [1, 4], [1, 8, 2, 6], [1]]
+COMPLETIONS = [[5, 6, EOS], [7, 2, 3, 4, 5, EOS], [EOS], [2, 2, 2, 2, 2, 2, 2]]  # the last: no end
+
+
+def reward_model() -> Transformer:
+    shape = jax.eval_shape(lambda: Transformer(CONFIG, 9, scalar_head=True, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape).astype(x.dtype)), shape)
+
+
+MODEL = reward_model()
+pay = jax.jit(learned_reward, static_argnames=("normalization", "missing_eos_score"))
+score = jax.jit(sequence_score)
+
+
+def rollout(prompts, completions, *, prompt_width: int) -> Rollout:
+    tokens = np.full((len(prompts), prompt_width + WIDTH), PAD, np.int32)
+    segments = np.zeros_like(tokens)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        place = slice(prompt_width - len(prompt), prompt_width + len(completion))
+        tokens[row, place], segments[row, place] = prompt + completion, 1
+    mask = segments[:, prompt_width:] == 1
+    zeros = jnp.zeros(mask.shape)
+    finished = np.array([c[-1] == EOS for c in completions])
+    return Rollout(
+        jnp.asarray(tokens), jnp.asarray(segments), jnp.asarray(mask), zeros, zeros, None,
+        jnp.asarray(finished),
+    )  # fmt: skip
+
+
+def alone(prompt: list[int], completion: list[int]) -> float:
+    """The score of one right-padded row at its last token, as the reward stage trains it."""
+    row, segments = np.zeros((2, 1, 16), np.int32)
+    whole = prompt + completion
+    row[0, : len(whole)], segments[0, : len(whole)] = whole, 1
+    return float(score(MODEL, row, segments, np.array([len(whole) - 1]))[0])
+
+
+@pytest.mark.parametrize("prompt_width", [4, 9])
+def test_the_score_is_read_at_end_of_text_whatever_the_padding_and_the_batch(prompt_width):
+    """trl#5338, reward-bench#94: a score read at padding moved with the batch's longest row."""
+    found = pay(
+        MODEL, rollout(PROMPTS, COMPLETIONS, prompt_width=prompt_width),
+        normalization=UNIT, missing_eos_score=-3.0,
+    )  # fmt: skip
+    expected = [alone(p, c) for p, c in zip(PROMPTS[:3], COMPLETIONS[:3], strict=True)]
+    np.testing.assert_allclose(found[:3], expected, atol=3e-5)
+    assert np.ptp(expected) > 0.1  # the rows do differ
+
+
+def test_a_completion_without_end_gets_the_fixed_score_in_normalised_units():
+    found = pay(
+        MODEL, rollout(PROMPTS, COMPLETIONS, prompt_width=4),
+        normalization=Normalization(5.0, 2.0), missing_eos_score=-3.0,
+    )  # fmt: skip
+    assert float(found[3]) == -3.0
+
+
+def test_scores_are_in_standard_deviations_of_the_reference():
+    parts = rollout(PROMPTS, COMPLETIONS, prompt_width=4)
+    raw = pay(MODEL, parts, normalization=UNIT, missing_eos_score=-3.0)
+    found = pay(MODEL, parts, normalization=Normalization(5.0, 2.0), missing_eos_score=-3.0)
+    np.testing.assert_allclose(found[:3], (np.asarray(raw[:3]) - 5) / 2, atol=1e-5)
