@@ -111,8 +111,14 @@ def price(
     rewards = token_rewards(algorithm, rollout, score, config.kl_coef)
     advantages, returns = algorithm.advantages(rewards, rollout, config)
     return PolicyBatch(
-        rollout.tokens, rollout.segments, rollout.mask, rollout.logprobs, rollout.ref_logprobs,
-        advantages, rollout.values, returns,
+        rollout.tokens,
+        rollout.segments,
+        rollout.mask,
+        rollout.logprobs,
+        rollout.ref_logprobs,
+        advantages,
+        rollout.values,
+        returns,
     )
 
 

@@ -55,9 +55,7 @@ class PydocCorpus(Section):
     held_out: Share = 0.1
 
 
-Corpus = Annotated[
-    FablesCorpus | TextCorpus | HubCorpus | PydocCorpus, Field(discriminator="kind")
-]
+Corpus = Annotated[FablesCorpus | TextCorpus | HubCorpus | PydocCorpus, Field(discriminator="kind")]
 
 
 class TokenizerConfig(Section):

@@ -37,7 +37,8 @@ def minutes(stage: str, config: Config, environment: dict) -> float:
         "pretrain": config.pretrain.sample_count,
         "preferences": prompts.preferences * sampler.completions * (not sampler.file),
         "reward": 0,
-        "rlhf": rl.steps * completions + evaluations * prompts.development
+        "rlhf": rl.steps * completions
+        + evaluations * prompts.development
         + (prompts.development + prompts.evaluation) * rl.references,
     }[stage]
     trained = {
@@ -71,8 +72,10 @@ def model_command(config: Config) -> None:
         ("  of these embeddings", f"{vocab * m.embed_dim * (2 - m.tie_embeddings):,}"),
         ("FLOPs per token, forward and backward", f"{flops_per_token(m, vocab, length):,}"),
         ("tokens a step", f"{batch * length:,}"),
-        ("FLOPs of the pretraining",
-         f"{flops_per_token(m, vocab, length) * batch * length * config.pretrain.steps:.3g}"),
+        (
+            "FLOPs of the pretraining",
+            f"{flops_per_token(m, vocab, length) * batch * length * config.pretrain.steps:.3g}",
+        ),
         ("memory: parameters, float32", _mib(4 * count)),
         ("memory: optimizer and gradient", _mib(4 * count * (moments + 1))),
         ("memory: activations of a step, about", _mib(activations)),

@@ -42,7 +42,13 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, length: int) -> np.n
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "max_new_tokens", "temperature", "top_k", "top_p", "eos_id", "pad_id", "microbatch",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "eos_id",
+        "pad_id",
+        "microbatch",
     ),
 )
 def generate(
@@ -99,9 +105,7 @@ class _Decoding(NamedTuple):
 def _complete(model, prompts, key, draw, max_new_tokens: int, eos_id: int, pad_id: int) -> Samples:
     state = _start(model, prompts, key, max_new_tokens, pad_id)
     state = _advance(model, state, draw, max_new_tokens, eos_id, pad_id)
-    return Samples(
-        state.tokens.T, state.valid[:, prompts.shape[1] :], state.logprobs.T, state.done
-    )
+    return Samples(state.tokens.T, state.valid[:, prompts.shape[1] :], state.logprobs.T, state.done)
 
 
 def _start(model, prompts, key, max_new_tokens: int, pad_id: int) -> _Decoding:
@@ -109,7 +113,9 @@ def _start(model, prompts, key, max_new_tokens: int, pad_id: int) -> _Decoding:
     valid = prompts != pad_id
     hidden, cache = prefill(model, prompts, valid, length + max_new_tokens)
     return _Decoding(
-        jnp.int32(0), hidden, cache,
+        jnp.int32(0),
+        hidden,
+        cache,
         jnp.pad(valid, ((0, 0), (0, max_new_tokens))),
         jax.random.uniform(key, (max_new_tokens, batch)),
         jnp.full((max_new_tokens, batch), pad_id, jnp.int32),
@@ -130,7 +136,11 @@ def _advance(model, state: _Decoding, draw, stop, eos_id: int, pad_id: int) -> _
         valid = jax.lax.dynamic_update_index_in_dim(s.valid, ~s.done, index, 1)
         hidden, cache = decode(model, token, index, valid, s.cache)
         return _Decoding(
-            s.step + 1, hidden, cache, valid, s.uniforms,
+            s.step + 1,
+            hidden,
+            cache,
+            valid,
+            s.uniforms,
             jax.lax.dynamic_update_index_in_dim(s.tokens, token, s.step, 0),
             jax.lax.dynamic_update_index_in_dim(s.logprobs, logprob, s.step, 0),
             s.done | (token == eos_id),
@@ -159,9 +169,7 @@ def stream(
     draw = _sampler(temperature, top_k, top_p)
     weights = cast(model)
     rows = left_pad([prompt], pad_id, -(-len(prompt) // 16) * 16)
-    start = backend.keep(
-        jax.jit(lambda m, rows, key: _start(m, rows, key, max_new_tokens, pad_id))
-    )
+    start = backend.keep(jax.jit(lambda m, rows, key: _start(m, rows, key, max_new_tokens, pad_id)))
     advance = backend.keep(jax.jit(lambda m, s, stop: _advance(m, s, draw, stop, eos_id, pad_id)))
     state = start(weights, jnp.asarray(rows), key)
     for begin in range(0, max_new_tokens, chunk):

@@ -64,7 +64,10 @@ class Run:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         longest = max(len(self.tokenizer.encode(p)) for p in prompts) + 1
         _, samples = sample(
-            self.model, self.tokenizer, prompts, jax.random.key(seed),
+            self.model,
+            self.tokenizer,
+            prompts,
+            jax.random.key(seed),
             max_prompt_tokens=-(-longest // 16) * 16,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -73,16 +76,28 @@ class Run:
         return texts_of(samples, self.tokenizer)
 
     def stream(
-        self, prompt: str, *, max_new_tokens: int = 160, temperature: float = 1.0,
-        top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 160,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> Iterator[str]:
         """A completion in pieces, as it is decoded."""
         ids, shown = [], ""
         start = [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
         for part in stream(
-            self.model, start, jax.random.key(seed), max_new_tokens=max_new_tokens,
-            temperature=temperature, top_k=top_k, top_p=top_p,
-            eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id,
+            self.model,
+            start,
+            jax.random.key(seed),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_id=self.tokenizer.eos_id,
+            pad_id=self.tokenizer.pad_id,
         ):
             ids += part
             text = self.tokenizer.decode(ids).rstrip("\ufffd")  # half a character waits
@@ -111,8 +126,15 @@ class Run:
 
 
 def generate_command(
-    path: Path, prompts: list[str], *, max_new_tokens: int, temperature: float, top_k: int,
-    top_p: float, seed: int, count: int,
+    path: Path,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    count: int,
 ) -> None:
     """`minilm generate`: prints completions as they are decoded."""
     backend.configure(BackendConfig(), _stored_choice(path))
@@ -121,8 +143,12 @@ def generate_command(
         for number in range(count):
             print(prompt, end="", flush=True)
             for piece in run.stream(
-                prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                top_p=top_p, seed=seed + number,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed + number,
             ):
                 print(piece, end="", flush=True)
             print()

@@ -119,7 +119,9 @@ def scalar(model: Transformer, hidden: Float[Array, "*batch D"]) -> Float[Array,
 
 
 def sequence_score(
-    model: Transformer, tokens: Int[Array, "B T"], segments: Int[Array, "B T"],
+    model: Transformer,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
     last: Int[Array, "B"],
 ) -> Float[Array, "B"]:
     """The scalar head read at position `last` of each row: a completion's end-of-text token."""
@@ -202,8 +204,12 @@ def _attend(
     n, kv, h = config.num_heads, config.num_kv_heads, config.head_dim
     # One product for Q, K and V: three small ones cost a fifth of the step more on CPU.
     kernel = jnp.concatenate(
-        [attn.q_proj[...].astype(x.dtype), attn.k_proj[...].astype(x.dtype),
-         attn.v_proj[...].astype(x.dtype)], axis=1
+        [
+            attn.q_proj[...].astype(x.dtype),
+            attn.k_proj[...].astype(x.dtype),
+            attn.v_proj[...].astype(x.dtype),
+        ],
+        axis=1,
     )
     qkv = rms_norm(x, layer.input_layernorm[...]) @ kernel
     q, k, v = jnp.split(qkv.reshape(batch, length, n + 2 * kv, h), [n, n + kv], axis=2)

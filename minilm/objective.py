@@ -35,9 +35,7 @@ class Objective(NamedTuple):
     def totals(self, outputs, batch) -> dict[str, Float[Array, ""]]:
         """The numerators, over a batch or a part of one."""
         return {
-            t.name: jnp.sum(
-                jnp.where(w > 0, t.values(outputs, batch).astype(jnp.float32) * w, 0.0)
-            )
+            t.name: jnp.sum(jnp.where(w > 0, t.values(outputs, batch).astype(jnp.float32) * w, 0.0))
             for t in self.terms
             for w in [t.over(batch).astype(jnp.float32)]
         }

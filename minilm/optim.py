@@ -68,9 +68,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         ),
     }
     optimizer = choose(rows, config.name, "optimizer.name")()
-    return _standard_promotion(
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    )
+    return _standard_promotion(optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer))
 
 
 def is_layer_matrix(params):

@@ -79,6 +79,11 @@ def complete_rollout(
         values = completion_outputs(model, tokens, segments, width, temperature).values
         values = jax.lax.stop_gradient(values)
     return Rollout(
-        tokens, segments, samples.mask, samples.logprobs,
-        jax.lax.stop_gradient(ref.logprobs), values, samples.finished,
+        tokens,
+        segments,
+        samples.mask,
+        samples.logprobs,
+        jax.lax.stop_gradient(ref.logprobs),
+        values,
+        samples.finished,
     )

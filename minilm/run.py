@@ -37,18 +37,22 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage(
-        "pretrain", (), ("seed", "corpus", "tokenizer", "model", "backend", "pretrain"),
+        "pretrain",
+        (),
+        ("seed", "corpus", "tokenizer", "model", "backend", "pretrain"),
         "minilm.stages.pretrain:pretrain",
     ),
     Stage(
-        "preferences", ("pretrain",), ("seed", "prompts", "judge", "preferences"),
+        "preferences",
+        ("pretrain",),
+        ("seed", "prompts", "judge", "preferences"),
         "minilm.stages.preferences:preferences",
     ),
+    Stage("reward", ("pretrain", "preferences"), ("seed", "reward"), "minilm.stages.reward:reward"),
     Stage(
-        "reward", ("pretrain", "preferences"), ("seed", "reward"), "minilm.stages.reward:reward"
-    ),
-    Stage(
-        "rlhf", ("pretrain", "reward"), ("seed", "prompts", "judge", "rlhf"),
+        "rlhf",
+        ("pretrain", "reward"),
+        ("seed", "prompts", "judge", "rlhf"),
         "minilm.run:rlhf_and_evaluation",
     ),
 )
@@ -80,7 +84,8 @@ def run(
         if name is not None and name not in NAMES:
             close = nearest(name, NAMES)
             raise UserError(
-                f"no stage '{name}'", allowed=NAMES,
+                f"no stage '{name}'",
+                allowed=NAMES,
                 hint=f"did you mean '{close}'?" if close else None,
             )
     if init is not None and not (init / "pretrain" / "done.json").exists():
@@ -189,9 +194,7 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _fingerprint(
-    stage: Stage, config: Config, out: Path, init: Path | None
-) -> tuple[dict, str]:
+def _fingerprint(stage: Stage, config: Config, out: Path, init: Path | None) -> tuple[dict, str]:
     """What a stage is made from, and "done", "started" or "new".
 
     Raises:
@@ -214,9 +217,7 @@ def _fingerprint(
             return made_from, state
         keys = configfile.changed_keys(stored["sections"], made_from["sections"])
         keys += [
-            f"the input {k}"
-            for k, v in made_from["inputs"].items()
-            if stored["inputs"].get(k) != v
+            f"the input {k}" for k, v in made_from["inputs"].items() if stored["inputs"].get(k) != v
         ]
         raise UserError(
             f"stage {stage.name} was {state} with other settings; changed: {', '.join(keys)}",
@@ -258,7 +259,8 @@ def _check_same_world(config: Config, init: Path) -> None:
     if keys:
         raise UserError(
             f"the pretrained model there was made with other settings: {', '.join(keys)}",
-            where="--init", value=str(init),
+            where="--init",
+            value=str(init),
         )
 
 
@@ -306,7 +308,9 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read: {error}", where=path, hint="delete it to remake it") from None
+        raise UserError(
+            f"cannot read: {error}", where=path, hint="delete it to remake it"
+        ) from None
 
 
 def _function(name: str) -> Callable:
@@ -339,4 +343,3 @@ def _print_summary(summary: dict) -> None:
                 text = f"{value:.4g}" if isinstance(value, float) else str(value)
                 table.add_row(stage, key, text)
     console.print(table)
-

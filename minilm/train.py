@@ -107,13 +107,12 @@ def make_train_step(
         def skip(model, opt_state, grads):
             return model, opt_state
 
-        model, opt_state = jax.lax.cond(
-            finite, update, skip, state.model, state.opt_state, grads
-        )
+        model, opt_state = jax.lax.cond(finite, update, skip, state.model, state.opt_state, grads)
         missed = jnp.where(finite, 0, 1).astype(jnp.int32)
         in_a_row = jnp.where(finite, 0, state.extra["skipped_in_a_row"] + 1).astype(jnp.int32)
         extra = state.extra | {
-            "skipped": state.extra["skipped"] + missed, "skipped_in_a_row": in_a_row
+            "skipped": state.extra["skipped"] + missed,
+            "skipped_in_a_row": in_a_row,
         }
         one = jnp.float32(1)
         metrics = objective.means(totals, counts) | {
@@ -175,9 +174,12 @@ def fit(
     def save(step_count: int, seconds: float) -> None:
         nonlocal saved
         saved = checkpoint.save(
-            checkpoints, step_count, state,
+            checkpoints,
+            step_count,
+            state,
             metadata | {"seconds": seconds, "steps": steps, "metrics": last_metrics},
-            keep=loop.keep_checkpoints, files=files,
+            keep=loop.keep_checkpoints,
+            files=files,
         )
 
     def evaluate_now(step_count: int) -> None:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-
-
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 

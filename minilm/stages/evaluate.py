@@ -15,6 +15,7 @@ from minilm.text.corpora import Document
 from minilm.text.fables import parse
 from minilm.text.tokenizer import Tokenizer
 
+
 class DocumentLosses(NamedTuple):
     """Per document: total nats, predicted tokens (its end-of-text included), right guesses."""
 
@@ -105,9 +106,13 @@ def sample(
         part = rows[start : start + batch_size]
         full = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)])
         samples = generate(
-            model, jnp.asarray(full), jax.random.fold_in(key, number),
-            max_new_tokens=max_new_tokens, temperature=temperature,
-            eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+            model,
+            jnp.asarray(full),
+            jax.random.fold_in(key, number),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
         )
         parts.append(jax.tree.map(lambda x, n=len(part): np.asarray(x)[:n], samples))
     return rows, jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

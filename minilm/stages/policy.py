@@ -70,15 +70,14 @@ class PolicyEvaluator:
         """
         ours = self.score(policy, self.prompts[prompt_set], seed=42)
         theirs = self.references(prompt_set)
-        kl, ent = exact_kl(policy, self.reference, ours.rows, ours.samples,
-                           self.ws.tokenizer.pad_id)
+        kl, ent = exact_kl(
+            policy, self.reference, ours.rows, ours.samples, self.ws.tokenizer.pad_id
+        )
         figures = self._figures(ours) | {"kl": float(kl.mean()), "entropy": float(ent.mean())}
         if ours.gold is not None and theirs.gold is not None:
             reference_gold = theirs.gold.reshape(len(ours.texts), -1)
             rate, low, high = win_rate(ours.gold, reference_gold, seed=self.ws.config.seed)
-            figures |= {
-                "gold_win_rate": rate, "gold_win_rate_low": low, "gold_win_rate_high": high
-            }
+            figures |= {"gold_win_rate": rate, "gold_win_rate_low": low, "gold_win_rate_high": high}
         figures |= {f"reference/{k}": v for k, v in self._figures(theirs).items()}
         if samples_file:
             self._write(samples_file, ours, theirs, kl)
@@ -87,15 +86,21 @@ class PolicyEvaluator:
     def score(self, model: Transformer, prompts: Sequence[str], *, seed: int) -> Scored:
         config, tokenizer = self.ws.config, self.ws.tokenizer
         rows, samples = sample(
-            model, tokenizer, prompts,
+            model,
+            tokenizer,
+            prompts,
             jax.random.fold_in(jax.random.key(config.seed), seed),
             max_prompt_tokens=config.prompts.max_tokens,
             max_new_tokens=config.prompts.max_new_tokens,
         )
         texts = texts_of(samples, tokenizer)
         proxy = proxy_scores(
-            self.reward_model, rows, samples, self.normalization,
-            config.rlhf.missing_eos_score, tokenizer.pad_id,
+            self.reward_model,
+            rows,
+            samples,
+            self.normalization,
+            config.rlhf.missing_eos_score,
+            tokenizer.pad_id,
         )
         gold = None if self.judge is None else self.judge(list(prompts), texts)
         return Scored(list(prompts), rows, samples, texts, proxy, gold)
@@ -117,26 +122,39 @@ class PolicyEvaluator:
         every = len(theirs.texts) // len(ours.texts)
         rows = []
         for i, prompt in enumerate(ours.prompts):
-            row = {"prompt": prompt, "before": theirs.texts[i * every], "after": ours.texts[i],
-                   "proxy_before": float(theirs.proxy[i * every]),
-                   "proxy_after": float(ours.proxy[i]), "kl": float(kl[i])}
+            row = {
+                "prompt": prompt,
+                "before": theirs.texts[i * every],
+                "after": ours.texts[i],
+                "proxy_before": float(theirs.proxy[i * every]),
+                "proxy_after": float(ours.proxy[i]),
+                "kl": float(kl[i]),
+            }
             if ours.gold is not None and theirs.gold is not None:
-                row |= {"gold_before": float(theirs.gold[i * every]),
-                        "gold_after": float(ours.gold[i])}
+                row |= {
+                    "gold_before": float(theirs.gold[i * every]),
+                    "gold_after": float(ours.gold[i]),
+                }
             rows.append(row)
         write_jsonl(self.ws.stage("rlhf") / name, rows)
 
 
 def proxy_scores(
-    reward_model: Transformer, rows: np.ndarray, samples: Samples, normalization: Normalization,
-    missing_eos_score: float, pad_id: int, batch_size: int = 64,
+    reward_model: Transformer,
+    rows: np.ndarray,
+    samples: Samples,
+    normalization: Normalization,
+    missing_eos_score: float,
+    pad_id: int,
+    batch_size: int = 64,
 ) -> np.ndarray:
     """The normalised learned reward of each completion, as RLHF is paid."""
     tokens = np.concatenate([rows, samples.tokens], axis=1)
     segments = np.concatenate([rows != pad_id, samples.mask], axis=1).astype(np.int32)
     (scores,) = _batched(
         lambda *parts: (_proxy(reward_model, *parts, normalization, missing_eos_score),),
-        (tokens, segments, samples.mask, samples.finished), batch_size,
+        (tokens, segments, samples.mask, samples.finished),
+        batch_size,
     )
     return scores
 
@@ -164,15 +182,20 @@ def _exact_kl(model, reference, tokens, segments, mask):
 
 
 def exact_kl(
-    model: Transformer, reference: Transformer, prompts: np.ndarray, samples: Samples,
-    pad_id: int, batch_size: int = 64,
+    model: Transformer,
+    reference: Transformer,
+    prompts: np.ndarray,
+    samples: Samples,
+    pad_id: int,
+    batch_size: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact full-vocabulary KL and entropy of each completion, at sampling temperature 1."""
     tokens = np.concatenate([prompts, samples.tokens], axis=1)
     segments = np.concatenate([prompts != pad_id, samples.mask], axis=1).astype(np.int32)
     kl, ent = _batched(
         lambda *parts: _exact_kl(model, reference, *parts),
-        (tokens, segments, samples.mask), batch_size,
+        (tokens, segments, samples.mask),
+        batch_size,
     )
     return kl, ent
 

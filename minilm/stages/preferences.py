@@ -28,7 +28,8 @@ def preferences(ws: Workspace) -> dict:
     if len(prompts) < 2:
         raise UserError(
             "the pairs need at least two different prompts to be split by prompt",
-            where=config.file or "preferences", value=len(prompts),
+            where=config.file or "preferences",
+            value=len(prompts),
         )
     order = np.random.default_rng((ws.config.seed, 21)).permutation(len(prompts))
     count = min(max(1, round(config.held_out * len(prompts))), len(prompts) - 1)
@@ -68,13 +69,17 @@ def _simulated(ws: Workspace) -> list[Pair]:
     gold = configured(ws.config)
     if gold is None:
         raise UserError(
-            "there is no judge to label pairs", where="judge.name", value=ws.config.judge.name,
+            "there is no judge to label pairs",
+            where="judge.name",
+            value=ws.config.judge.name,
             hint="name a judge, or give your own pairs with --preferences.file FILE.jsonl",
         )
     prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).preferences
     repeated = [p for p in prompts for _ in range(config.completions)]
     _, samples = sample(
-        ws.load("pretrain"), tokenizer, repeated,
+        ws.load("pretrain"),
+        tokenizer,
+        repeated,
         jax.random.fold_in(jax.random.key(ws.config.seed), 22),
         max_prompt_tokens=ws.config.prompts.max_tokens,
         max_new_tokens=ws.config.prompts.max_new_tokens,
@@ -83,12 +88,15 @@ def _simulated(ws: Workspace) -> list[Pair]:
     )
     texts = texts_of(samples, tokenizer)
     scores = gold(repeated, texts).reshape(len(prompts), -1)
-    grouped = [
-        texts[i : i + config.completions] for i in range(0, len(texts), config.completions)
-    ]
+    grouped = [texts[i : i + config.completions] for i in range(0, len(texts), config.completions)]
     return label_pairs(
-        prompts, grouped, scores, np.random.default_rng((ws.config.seed, 23)),
-        temperature=config.rater_temperature, raters=config.raters, flip_rate=config.flip_rate,
+        prompts,
+        grouped,
+        scores,
+        np.random.default_rng((ws.config.seed, 23)),
+        temperature=config.rater_temperature,
+        raters=config.raters,
+        flip_rate=config.flip_rate,
     )
 
 

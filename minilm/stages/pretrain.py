@@ -8,13 +8,7 @@ from minilm.losses.language import next_token_cross_entropy
 from minilm.model import Transformer, hidden_states, logits
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
-from minilm.stages.evaluate import (
-    language_report,
-    parse_report,
-    sample,
-    texts_of,
-    token_losses,
-)
+from minilm.stages.evaluate import language_report, parse_report, sample, texts_of, token_losses
 from minilm.stages.workspace import Workspace, write_json, write_jsonl
 from minilm.text.batches import Batch, Batches, tokenize
 from minilm.text.corpora import Document, split
@@ -52,14 +46,10 @@ def pretrain(ws: Workspace) -> dict:
     config, folder = ws.config, ws.stage("pretrain")
     documents = split(config.corpus, config.seed)
     if not ws.tokenizer_file.exists():
-        train_tokenizer(config.tokenizer, (d.text for d in documents.train)).save(
-            ws.tokenizer_file
-        )
+        train_tokenizer(config.tokenizer, (d.text for d in documents.train)).save(ws.tokenizer_file)
     tokenizer = ws.tokenizer
     length = config.pretrain.sequence_length
-    rows = tokenize(
-        documents.train, tokenizer, length, cache=ws.out / "cache", seed=config.seed
-    )
+    rows = tokenize(documents.train, tokenizer, length, cache=ws.out / "cache", seed=config.seed)
     write_jsonl(folder / "held_out.jsonl", [d._asdict() for d in documents.held_out])
     batches = Batches(rows, batch_size=config.pretrain.batch_size, seed=config.seed)
     optimizer = make_optimizer(config.pretrain.optimizer, config.pretrain.steps)
@@ -98,7 +88,8 @@ def pretrain(ws: Workspace) -> dict:
         metadata=ws.metadata("pretrain"),
         files={"tokenizer.json": ws.tokenizer_file},
         learning_rate=schedule(
-            config.pretrain.optimizer, config.pretrain.steps,
+            config.pretrain.optimizer,
+            config.pretrain.steps,
             config.pretrain.optimizer.learning_rate,
         ),
         tokens_per_step=config.pretrain.batch_size * length,
@@ -143,7 +134,10 @@ def _report(model, ws: Workspace, tokenizer, held_out: list[Document], record: d
 def _write(model, ws: Workspace, tokenizer: Tokenizer, key, count: int) -> list[str]:
     """`count` samples from the start token alone, temperature 1, no truncation."""
     _, samples = sample(
-        model, tokenizer, [""] * count, key,
+        model,
+        tokenizer,
+        [""] * count,
+        key,
         max_prompt_tokens=1,
         max_new_tokens=ws.config.pretrain.max_new_tokens,
         batch_size=SAMPLE_BATCH,

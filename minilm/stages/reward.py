@@ -57,14 +57,21 @@ def forward(model: Transformer, batch: PairBatch) -> tuple[Array, Array]:
 
 PREFERENCE = Objective(
     (
-        Term("bradley_terry", 1.0, lambda o, b: bradley_terry(*o, label=b.label),
-             lambda b: b.weights),
-        Term("accuracy", 0.0,
-             lambda o, b: ((o[0] > o[1]) == (b.label > 0.5)).astype(jnp.float32),
-             lambda b: b.weights),
-        Term("margin", 0.0,
-             lambda o, b: jnp.where(b.label > 0.5, o[0] - o[1], o[1] - o[0]),
-             lambda b: b.weights),
+        Term(
+            "bradley_terry", 1.0, lambda o, b: bradley_terry(*o, label=b.label), lambda b: b.weights
+        ),
+        Term(
+            "accuracy",
+            0.0,
+            lambda o, b: ((o[0] > o[1]) == (b.label > 0.5)).astype(jnp.float32),
+            lambda b: b.weights,
+        ),
+        Term(
+            "margin",
+            0.0,
+            lambda o, b: jnp.where(b.label > 0.5, o[0] - o[1], o[1] - o[0]),
+            lambda b: b.weights,
+        ),
     )
 )
 
@@ -145,9 +152,7 @@ def evaluate(
     distinct = {
         (x.prompt, text): (score, gold)
         for x, a, b in zip(pairs, chosen, rejected, strict=True)
-        for text, score, gold in (
-            (x.chosen, a, x.gold_chosen), (x.rejected, b, x.gold_rejected)
-        )
+        for text, score, gold in ((x.chosen, a, x.gold_chosen), (x.rejected, b, x.gold_rejected))
     }
     scores = np.array([s for s, _ in distinct.values()], np.float64)
     golds = [g for _, g in distinct.values()]
@@ -174,9 +179,7 @@ def score_texts(
     batch_size: int = 64,
 ) -> np.ndarray:
     """Raw rewards [N] of completions, in batches of one shape; longer texts are cut to fit."""
-    rows = [
-        encode(tokenizer, p, c)[:max_tokens] for p, c in zip(prompts, completions, strict=True)
-    ]
+    rows = [encode(tokenizer, p, c)[:max_tokens] for p, c in zip(prompts, completions, strict=True)]
     width = _rounded(max(map(len, rows)))
     scores = []
     for start in range(0, len(rows), batch_size):
@@ -192,7 +195,9 @@ _scores = jax.jit(sequence_score)
 def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
     """start token, prompt, completion, end-of-text: as a rollout has them."""
     return [
-        tokenizer.eos_id, *tokenizer.encode(prompt), *tokenizer.encode(completion),
+        tokenizer.eos_id,
+        *tokenizer.encode(prompt),
+        *tokenizer.encode(completion),
         tokenizer.eos_id,
     ]
 
@@ -211,8 +216,11 @@ def reliability(predicted: np.ndarray, observed: np.ndarray, bins: int = 10) -> 
     """(mean prediction, mean outcome, count) of each equal-width bin that is not empty."""
     places = np.minimum((predicted * bins).astype(int), bins - 1)
     return [
-        (float(predicted[places == b].mean()), float(observed[places == b].mean()),
-         int((places == b).sum()))
+        (
+            float(predicted[places == b].mean()),
+            float(observed[places == b].mean()),
+            int((places == b).sum()),
+        )
         for b in range(bins)
         if (places == b).any()
     ]
@@ -220,6 +228,7 @@ def reliability(predicted: np.ndarray, observed: np.ndarray, bins: int = 10) -> 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation with mid-ranks for ties."""
+
     def ranks(x):
         _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
@@ -264,14 +273,13 @@ def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> lis
             if max(map(len, rows)) > max_tokens:
                 long += 1
                 continue
-            labels = [
-                (index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part
-            ]
+            labels = [(index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part]
             groups.append(_Group(rows, labels))
     if not groups:
         raise UserError(
             f"all {long} groups of pairs are longer than the limit",
-            where="reward.max_tokens", value=max_tokens,
+            where="reward.max_tokens",
+            value=max_tokens,
         )
     return groups
 

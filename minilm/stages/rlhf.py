@@ -23,6 +23,7 @@ from minilm.stages.workspace import Workspace
 from minilm.text.prompts import prompt_sets
 from minilm.train import TrainState, fit, init_state, make_train_step
 
+
 def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict[str, float | None]]) -> dict:
     """Fine-tunes the pretrained policy against the reward model.
 
@@ -41,16 +42,25 @@ def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict[str, float | None
     policy = ws.load("pretrain", scalar_head=algorithm.critic)
     state = init_state(policy, optimizer)
     step = make_step(
-        config.rlhf, algorithm, optimizer, reference, reward_model, load_normalization(ws),
+        config.rlhf,
+        algorithm,
+        optimizer,
+        reference,
+        reward_model,
+        load_normalization(ws),
         prompt_rows(prompts, tokenizer, config.prompts.max_tokens),
         key=jax.random.fold_in(jax.random.key(config.seed), 1000 + config.rlhf.seed),
         max_new_tokens=config.prompts.max_new_tokens,
-        eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
     )
-    rate = schedule(config.rlhf.optimizer, updates(config.rlhf), config.rlhf.optimizer.learning_rate)
+    rate = schedule(
+        config.rlhf.optimizer, updates(config.rlhf), config.rlhf.optimizer.learning_rate
+    )
     per_step = config.rlhf.epochs * config.rlhf.minibatches
     state, record = fit(
-        state, step,
+        state,
+        step,
         title="rlhf",
         steps=config.rlhf.steps,
         loop=config.rlhf,
@@ -112,7 +122,9 @@ def make_step(
             model, reference, rows, samples, pad_id=pad_id, temperature=config.temperature
         )
         score = learned_reward(
-            reward_model, rollout, normalization=normalization,
+            reward_model,
+            rollout,
+            normalization=normalization,
             missing_eos_score=config.missing_eos_score,
         )
         batch = price(algorithm, rollout, score, config)
@@ -138,9 +150,13 @@ def make_step(
     def step(state: TrainState, k: int):
         rows = np.repeat(prompts[order(k)], config.group_size, axis=0)
         samples = generate(
-            state.model, jnp.asarray(rows), jax.random.fold_in(key, k),
-            max_new_tokens=max_new_tokens, temperature=config.temperature,
-            eos_id=eos_id, pad_id=pad_id,
+            state.model,
+            jnp.asarray(rows),
+            jax.random.fold_in(key, k),
+            max_new_tokens=max_new_tokens,
+            temperature=config.temperature,
+            eos_id=eos_id,
+            pad_id=pad_id,
         )
         batch, metrics = prepare(state.model, reference, reward_model, rows, samples)
         for epoch in range(config.epochs):

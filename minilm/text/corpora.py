@@ -58,10 +58,7 @@ def _by_document(
     """A random share. The held-out half stays shuffled: any first part of it is a fair sample."""
     order = np.random.default_rng((seed, 3)).permutation(len(documents))
     count = max(1, round(held_out * len(documents)))
-    return (
-        [documents[i] for i in sorted(order[count:])],
-        [documents[i] for i in order[:count]],
-    )
+    return ([documents[i] for i in sorted(order[count:])], [documents[i] for i in order[:count]])
 
 
 def _by_position(

@@ -26,7 +26,8 @@ class Pair(NamedTuple):
 
 
 def chosen_probability(
-    gap: np.ndarray | np.floating | float, *, temperature: float, flip_rate: float) -> np.ndarray:
+    gap: np.ndarray | np.floating | float, *, temperature: float, flip_rate: float
+) -> np.ndarray:
     """P(one rater prefers the first), Bradley and Terry (1952), with a share of flipped votes.
 
     (1 − f) σ(gap / temperature) + f (1 − σ(gap / temperature)).
@@ -76,7 +77,9 @@ def bayes_rates(
     """Best possible accuracy and log-loss against one rater's label: E max(p, 1−p), E H(p)."""
     p = pair_probabilities(pairs, temperature=temperature, flip_rate=flip_rate)
     q = np.clip(p, 1e-300, 1 - 1e-16)
-    return float(np.maximum(p, 1 - p).mean()), float(-(p * np.log(q) + (1 - p) * np.log1p(-q)).mean())
+    return float(np.maximum(p, 1 - p).mean()), float(
+        -(p * np.log(q) + (1 - p) * np.log1p(-q)).mean()
+    )
 
 
 def pair_probabilities(
@@ -121,7 +124,9 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
         for key in REQUIRED:
             if key not in row:
                 raise UserError(
-                    f"missing field '{key}'", where=place, value=sorted(row),
+                    f"missing field '{key}'",
+                    where=place,
+                    value=sorted(row),
                     allowed="prompt, chosen, rejected; optional: " + ", ".join(NUMBERS),
                 )
             if not isinstance(row[key], str):
@@ -129,13 +134,15 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
         for key, kind in NUMBERS.items():
             value = row.get(key)
             if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int if kind is int else int | float)
+                isinstance(value, bool)
+                or not isinstance(value, int if kind is int else int | float)
             ):
                 raise UserError(f"'{key}' must be a number", where=place, value=value)
         pair = Pair(**{k: row[k] for k in Pair._fields if row.get(k) is not None})
         if not 0 <= pair.votes_chosen <= pair.votes or pair.votes < 1:
             raise UserError(
-                "votes_chosen must lie between 0 and votes", where=place,
+                "votes_chosen must lie between 0 and votes",
+                where=place,
                 value=(pair.votes_chosen, pair.votes),
             )
         pairs.append(pair)

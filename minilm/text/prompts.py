@@ -33,9 +33,7 @@ def opening(text: str, sentences: int) -> str | None:
     return text[: ends[sentences - 1]] if len(ends) >= sentences else None
 
 
-def prompt_sets(
-    config: Config, tokenizer: Tokenizer, documents: Sequence[Document]
-) -> PromptSets:
+def prompt_sets(config: Config, tokenizer: Tokenizer, documents: Sequence[Document]) -> PromptSets:
     """Draws the four sets, each of the size that `[prompts]` gives, from shuffled documents.
 
     Raises:

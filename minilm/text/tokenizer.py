@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, SupportsInt, SupportsInt
+from typing import Literal, SupportsInt
 
 import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers

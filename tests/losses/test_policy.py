@@ -124,11 +124,7 @@ def test_k2_and_k3_are_never_negative(logprob, ref_logprob):
 
 @given(st.floats(-12, 12))
 def test_estimators_against_the_formulas(log_ratio):
-    expected = {
-        "k1": -log_ratio,
-        "k2": log_ratio**2 / 2,
-        "k3": math.exp(log_ratio) - 1 - log_ratio,
-    }
+    expected = {"k1": -log_ratio, "k2": log_ratio**2 / 2, "k3": math.exp(log_ratio) - 1 - log_ratio}
     for estimator, value in expected.items():
         out = kl_estimate(_one(0.0), _one(log_ratio), estimator=estimator)
         np.testing.assert_allclose(out, [value], rtol=1e-4, atol=1e-6)

@@ -6,12 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, no_type_check
 
 from minilm.text.fables.grammar import story_of
-from minilm.text.fables.teller import (
-    Attributes,
-    Teller,
-    cumulative,
-    pieces,
-)
+from minilm.text.fables.teller import Attributes, Teller, cumulative, pieces
 from minilm.text.fables.words import LISTS
 
 FAILURES = ("slip", "break", "no_end")

@@ -7,12 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, no_type_check
 
 from minilm.text.fables.grammar import story_of
-from minilm.text.fables.teller import (
-    Ambiguous,
-    Attributes,
-    Teller,
-    cumulative,
-)
+from minilm.text.fables.teller import Ambiguous, Attributes, Teller, cumulative
 from minilm.text.fables.words import LISTS
 
 Decide = Callable[[int, tuple[float, ...] | None], int]

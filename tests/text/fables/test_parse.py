@@ -26,10 +26,7 @@ from minilm.text.fables.sample import Story, Writer
 from minilm.text.fables.teller import Teller
 from minilm.text.fables.words import LISTS
 
-TINY_LISTS = {
-    "names": ("Ann", "Anna", "Bob"),
-    "things": ("cat", "catfish", "cart"),
-}
+TINY_LISTS = {"names": ("Ann", "Anna", "Bob"), "things": ("cat", "catfish", "cart")}
 
 
 def tiny(t: Teller) -> None:
