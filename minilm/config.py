@@ -117,13 +117,18 @@ class OptimizerConfig(Section):
 class LoopConfig(Section):
     """What every training stage shares."""
 
-    batch_size: Positive = 8
-    accumulation: Positive = 1  # micro-batches a step; batch_size is the whole step's
+    accumulation: Positive = 1  # micro-batches a step; the batch is the whole step's
     optimizer: OptimizerConfig = OptimizerConfig()
     log_every: Positive = 10
     evaluate_every: Positive = 500
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
+
+
+class SupervisedConfig(LoopConfig):
+    """A stage that reads batches of a data set."""
+
+    batch_size: Positive = 8
 
     @model_validator(mode="after")
     def _divides(self) -> "LoopConfig":
@@ -135,7 +140,7 @@ class LoopConfig(Section):
         return self
 
 
-class PretrainConfig(LoopConfig):
+class PretrainConfig(SupervisedConfig):
     """Next-token cross-entropy on the corpus."""
 
     steps: Positive = 1500
@@ -179,7 +184,7 @@ class PreferencesConfig(Section):
     batch_size: Positive = 64  # of the sampler
 
 
-class RewardConfig(LoopConfig):
+class RewardConfig(SupervisedConfig):
     """A scalar head on the pretrained model, Bradley-Terry loss."""
 
     epochs: Positive = 1
@@ -187,7 +192,7 @@ class RewardConfig(LoopConfig):
 
 
 class RLHFConfig(LoopConfig):
-    """Fine-tune the policy on the learned reward. batch_size is derived: prompts x group."""
+    """Fine-tune the policy on the learned reward; a step has prompts x group completions."""
 
     algorithm: str = "rloo"  # a row of minilm.algorithms.ALGORITHMS
     seed: Natural = 0  # of rollouts alone: seeds of one reward model can be compared
@@ -211,7 +216,7 @@ class RLHFConfig(LoopConfig):
 class Config(Section):
     """A whole run."""
 
-    seed: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     corpus: Corpus = FablesCorpus()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()

@@ -21,7 +21,7 @@ def learned_reward(
     rollout: Rollout,
     *,
     normalization: Normalization,
-    missing_eos_score: float,
+    missing_eos_score: float | Array,
 ) -> Float[Array, "B"]:
     """The proxy: reward model's score at each completion's end-of-text token, normalised.
 

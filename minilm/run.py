@@ -129,7 +129,11 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
         write_json(ws.stage(stage.name) / "started.json", made_from)
         console.rule(stage.name)
         start = time.perf_counter()
-        summary = _function(stage.run)(ws)
+        try:
+            summary = _function(stage.run)(ws)
+        except KeyboardInterrupt:
+            console.print(f"page so far: {_function('minilm.report:write')(out)}")
+            raise
         done = made_from | {"summary": summary, "wall_seconds": time.perf_counter() - start}
         write_json(ws.stage(stage.name) / "done.json", done)
         write_json(out / "summary.json", _summary(out))

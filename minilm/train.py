@@ -183,14 +183,16 @@ def fit(
         )
 
     def evaluate_now(step_count: int) -> None:
-        if evaluate is None or step_count in evaluations:
+        if evaluate is None:
             return
-        values = {k: v for k, v in evaluate(state).items() if v is not None}
-        log.log(step_count, values, kind="eval")
-        evaluations[step_count] = {"step": step_count, "kind": "eval", **values}
-        if best and saved:
-            checkpoint.set_best(saved, values[best])
-        progress.note(_line(f"{title} {step_count}/{steps}", values))
+        if step_count not in evaluations:
+            values = {k: v for k, v in evaluate(state).items() if v is not None}
+            log.log(step_count, values, kind="eval")
+            evaluations[step_count] = {"step": step_count, "kind": "eval", **values}
+            progress.note(_line(f"{title} {step_count}/{steps}", values))
+        # Asked again on resume: the run may have been killed between the record and this.
+        if best and saved and checkpoint.metadata(saved)["best"] is None:
+            checkpoint.set_best(saved, evaluations[step_count][best])
 
     last_metrics: dict = {}
     saved = found
@@ -210,7 +212,8 @@ def fit(
                 window.append(jax.device_get(previous))
             previous = metrics
             due = (k + 1) % loop.evaluate_every == 0 or k + 1 == steps
-            saving = due or (k + 1) % loop.checkpoint_every == 0 or signals.caught
+            saving = due or (k + 1) % loop.checkpoint_every == 0
+            # A signal waits for the next record, so that an interrupted run logs the same windows.
             if (k + 1) % loop.log_every and not saving:
                 if len(window) % 4 == 1:
                     progress.update(k, _means(window[-1:]), tokens_per_step)
@@ -226,7 +229,7 @@ def fit(
             log.log(k + 1, last_metrics)
             progress.update(k + 1, last_metrics, tokens_per_step)
             _check_finite(int(state.extra["skipped_in_a_row"]), loop, title, k + 1)
-            if saving:
+            if saving or signals.caught:
                 save(k + 1, seconds)
             if signals.caught:
                 raise Interrupted(f"{title} saved at step {k + 1}; the same command goes on")

@@ -69,14 +69,6 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
         checkpoint.latest(tmp_path)
 
 
-def test_a_checkpoint_of_a_later_format_is_not_guessed_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    path = save(tmp_path, 1)
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="format"):
-        checkpoint.metadata(path)
-
-
 def test_nothing_saved_is_none(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "missing") is None
@@ -114,7 +106,7 @@ def no_room_left(_):
 def test_a_full_disk_leaves_older_checkpoints_as_they_were(tmp_path, monkeypatch, target, failure):
     path = save(tmp_path, 1)
     monkeypatch.setattr(target, failure)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match=r"cannot (save|write): .*(No space left|RESOURCE_EXHAUSTED)"):
         save(tmp_path, 2)
     assert kept(tmp_path) == [1]
     assert checkpoint.latest(tmp_path) == path

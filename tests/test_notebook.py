@@ -1,6 +1,5 @@
 """The notebook runs from top to bottom, and is stored without its outputs."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -135,4 +134,4 @@ def test_what_is_not_installed_is_installed_and_the_kernel_restarts(
     assert install[:5] == ["uv", "pip", "install", "--python", sys.executable]
     assert install[5:] == ["-c", "constraints.txt", "--editable", ".", *extra]
     assert machine.restarted
-    assert Path(os.getcwd()) == tmp_path / "minilm"
+    assert Path.cwd() == tmp_path / "minilm"

@@ -119,17 +119,13 @@ def test_a_padding_token_that_was_sampled_is_a_token_like_any_other():
 
 
 def test_without_a_critic_there_are_no_values():
-    samples = generate(
-        REFERENCE, jnp.asarray(ROWS), jax.random.key(0), max_new_tokens=WIDTH, eos_id=EOS,
-        pad_id=PAD,
-    )  # fmt: skip
-    shape = jax.eval_shape(
-        lambda s: complete_rollout(
-            REFERENCE, REFERENCE, ROWS_ARRAY, s, pad_id=PAD, temperature=1.0
+    arrays = [((2, WIDTH), int), ((2, WIDTH), bool), ((2, WIDTH), float), ((2,), bool)]
+    samples = Samples(*(jnp.zeros(shape, kind) for shape, kind in arrays))
+    rollout = jax.eval_shape(
+        lambda rows, samples: complete_rollout(
+            REFERENCE, REFERENCE, rows, samples, pad_id=PAD, temperature=1.0
         ),
+        ROWS[:2],
         samples,
     )
-    assert shape.values is None
-
-
-ROWS_ARRAY = jnp.asarray(ROWS)
+    assert rollout.values is None

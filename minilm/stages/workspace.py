@@ -121,7 +121,7 @@ def read_jsonl(path: Path) -> list[dict]:
         raise UserError("missing file", where=path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read: {error}", where=path) from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -166,21 +167,22 @@ def _bytes(path: Path) -> bytes:
 
 
 def _rows(path: Path, suffix: str, column: str) -> Iterator[Document]:
-    """The rows of a table. Streamed: `datasets` would otherwise copy each file into its cache."""
+    """The rows of a table. The copy that `datasets` makes of them is thrown away."""
     (_bytes if suffix == ".parquet" else _utf8)(path)
     reader, options = READERS[suffix]
-    yield from _documents(
-        lambda datasets: datasets.load_dataset(
-            reader,
-            data_files=glob.escape(str(path.resolve())),
-            split="train",
-            streaming=True,
-            **options,
-        ),
-        column,
-        where=path,
-        hint=f"is it a {suffix} file?",
-    )
+    with tempfile.TemporaryDirectory() as cache:
+        yield from _documents(
+            lambda datasets: datasets.load_dataset(
+                reader,
+                data_files=glob.escape(str(path.resolve())),
+                split="train",
+                cache_dir=cache,
+                **options,
+            ),
+            column,
+            where=path,
+            hint=f"is it a {suffix} file?",
+        )
 
 
 def hub(corpus: HubCorpus, seed: int) -> Iterator[Document]:

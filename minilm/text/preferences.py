@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 def chosen_probability(
     gap: np.ndarray | np.floating | float, *, temperature: float, flip_rate: float
-) -> np.ndarray:
+) -> np.ndarray | np.floating:
     """P(one rater prefers the first), Bradley and Terry (1952), with a share of flipped votes.
 
     (1 − f) σ(gap / temperature) + f (1 − σ(gap / temperature)).

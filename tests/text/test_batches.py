@@ -1,5 +1,6 @@
 """Rows and batches: every token a target once, documents apart, batch k a function of (seed, k)."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -27,7 +28,7 @@ def numbered(count: int, low: int, high: int, seed: int = 0) -> list[np.ndarray]
     """Documents no two of which share a token: each token says where it comes from."""
     rng = np.random.default_rng(seed)
     ends = np.cumsum([2, *rng.integers(low, high + 1, count)])
-    return [np.arange(a, b, dtype=np.int32) for a, b in zip(ends, ends[1:], strict=False)]
+    return [np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(ends)]
 
 
 def targets_of(batch) -> Counter:
@@ -45,7 +46,7 @@ def test_every_token_and_one_end_a_document_is_a_target_once(documents, length):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), lengths)
 def test_each_target_follows_its_own_document_in_its_own_segment(sizes, length):
     ends = np.cumsum([2, *sizes])
-    documents = [np.arange(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    documents = [np.arange(a, b) for a, b in itertools.pairwise(ends)]
     owner = {int(t): n for n, d in enumerate(documents) for t in d}
     batch = batch_of(pack(documents, length))
     for tokens, targets, weights, segments in zip(*batch, strict=True):
@@ -261,7 +262,7 @@ def test_alone_predicts_every_token_of_a_document_once_under_its_index(sizes, ba
 def test_alone_begins_with_the_start_token_and_overlaps_windows_by_one():
     ((batch, owners),) = alone([[5, 6, 7], [8]], batch_size=3, max_length=3, ids=BYTES)
     assert owners.tolist() == [0, 1, 0]
-    assert batch.tokens.tolist() == [[7, PAD, PAD], [EOS, 8, EOS], [EOS, 5, 6]]
+    assert batch.tokens.tolist() == [[7, EOS, PAD], [EOS, 8, EOS], [EOS, 5, 6]]
     assert batch.targets.tolist() == [[EOS, PAD, PAD], [8, EOS, PAD], [5, 6, 7]]
     assert batch.weights.sum(1).tolist() == [1, 2, 3]
 

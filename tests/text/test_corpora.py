@@ -59,7 +59,7 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
 WRITERS = {".jsonl": write_jsonl, ".csv": write_csv, ".parquet": write_parquet}
 tables = pytest.mark.parametrize("suffix", WRITERS)
 
-AWKWARD = ["one\ntwo\n\n", 'a "quote", and a comma', "NA", "null", " é€ 𝕏\t", "<|endoftext|>"]
+AWKWARD = ["one\ntwo\r\n\n", 'a "quote", and a comma', "NA", "null", " é€ 𝕏\t", "<|endoftext|>"]
 
 
 def test_a_txt_file_is_one_document_with_every_character_kept(tmp_path):
@@ -123,7 +123,7 @@ def test_without_files_the_error_says_what_to_pass():
         ("a.jsonl", b"", "empty"),
         ("a.parquet", b"", "empty"),
         ("a.jsonl", b'{"text": "good"}\n{"text": bad}\n', "cannot load"),
-        ("a.jsonl", b'["a list"]\n', ""),
+        ("a.jsonl", b"plain text\n", "cannot load"),
         ("a.parquet", b"no parquet", "cannot load"),
         ("a.docx", b"PK", "unknown name '.docx'"),
         ("a", b"text", ".txt"),

@@ -2,21 +2,8 @@
 
 from minilm.text.fables.gold import gold
 from minilm.text.fables.grammar import SIZES
-from minilm.text.fables.parse import Parsed, charges, failures, parse, parse_share
-from minilm.text.fables.sample import Story, generate, stories
-from minilm.text.fables.teller import Ambiguous, Attributes
+from minilm.text.fables.parse import charges, parse
+from minilm.text.fables.sample import generate, stories
+from minilm.text.fables.teller import Attributes
 
-__all__ = [
-    "SIZES",
-    "Ambiguous",
-    "Attributes",
-    "Parsed",
-    "Story",
-    "charges",
-    "failures",
-    "generate",
-    "gold",
-    "parse",
-    "parse_share",
-    "stories",
-]
+__all__ = ["SIZES", "Attributes", "charges", "generate", "gold", "parse", "stories"]

@@ -23,14 +23,11 @@ OPENINGS = (
     "They still speak of {hero:names}, the {trait:traits} {:kinds} who lived {:places}.",
 )
 WANTS = (
-    " {She} wanted only to {:wants}.",
-    " Above all, {hero} wished to {:wants}.",
-    " {Own} dearest dream was to {:wants}.",
-    " {hero} longed to {:wants}.",
-    " {She} had long hoped to {:wants}.",
-    " {She} dreamed that {she} might {:wants}.",
+    " {She} wanted only to {:wants}.", " Above all, {hero} wished to {:wants}.",
+    " {Own} dearest dream was to {:wants}.", " {hero} longed to {:wants}.",
+    " {She} had long hoped to {:wants}.", " {She} dreamed that {she} might {:wants}.",
     " One morning {she} set out to {:wants}.",
-)
+)  # fmt: skip
 # The sentence up to its obstacle, and from there to the tool.
 LOANS = (
     (" But {obstacle:obstacles}", " lay ahead, so {helper:names} the {:helpers} lent {her} a "),
@@ -46,108 +43,44 @@ PROMISES = (
     " {She} gave {own} word to {service:services}.",
 )
 ROADS_OUT = (
-    "On the road",
-    "Along the way",
-    "That day",
-    "Before noon",
-    "At a crossroads",
-    "Past the farms",
-    "In a lane",
-    "Near the market",
-)
+    "On the road", "Along the way", "That day", "Before noon", "At a crossroads", "Past the farms",
+    "In a lane", "Near the market",
+)  # fmt: skip
 ROADS_ON = (
-    "The next day",
-    "Farther on",
-    "Toward evening",
-    "After the rain",
-    "By moonlight",
-    "Days later",
-    "Over the bridge",
-    "As dusk fell",
-)
+    "The next day", "Farther on", "Toward evening", "After the rain", "By moonlight", "Days later",
+    "Over the bridge", "As dusk fell",
+)  # fmt: skip
 JOINERS = (" and ", ", then ")
 
 # The four clauses of a journey, each with its own kind, unkind and neutral options: so nothing is
 # told twice, and no word needs remembering for it.
 CLAUSES = (
-    (
-        (
-            "fed a hungry {:birds}",
-            "freed a trapped {:insects}",
-            "guided a lost {:young}",
-            "greeted a shy {:swimmers}",
-            "shared {:foods} with a {:young}",
-        ),
-        (
-            "mocked a clumsy {:young}",
-            "chased a tiny {:insects}",
-            "tricked a simple {:swimmers}",
-            "woke a weary {:birds}",
-            "stole {:foods} from a {:birds}",
-        ),
-        ("crossed a {:grounds}", "counted {:counted}", "rested awhile", "picked {:flowers}"),
-    ),
-    (
-        (
-            "warmed a shivering {:birds}",
-            "carried a lame {:swimmers}",
-            "comforted a lonely {:young}",
-            "rescued a drowning {:insects}",
-            "mended a {:swimmers}'s {:things}",
-        ),
-        (
-            "pinched a sleeping {:young}",
-            "frightened a timid {:birds}",
-            "cheated a poor {:swimmers}",
-            "trapped a singing {:insects}",
-            "broke a {:swimmers}'s {:things}",
-        ),
-        ("hummed a {:tunes}", "watched the {:drifters}", "found a {:finds}", "drank some water"),
-    ),
-    (
-        (
-            "nursed a wounded {:birds}",
-            "sheltered a homeless {:insects}",
-            "cheered a tearful {:young}",
-            "washed a muddy {:swimmers}",
-            "gave {:foods} to a {:birds}",
-        ),
-        (
-            "teased a stammering {:young}",
-            "shooed a thirsty {:birds}",
-            "shoved a limping {:swimmers}",
-            "squashed a harmless {:insects}",
-            "snatched {:foods} from a {:young}",
-        ),
-        ("slept under a {:trees}", "passed a {:landmarks}", "climbed a stile", "gathered {:stuff}"),
-    ),
-    (
-        (
-            "helped a blind {:swimmers}",
-            "forgave a rude {:insects}",
-            "defended a frail {:birds}",
-            "hugged a grieving {:young}",
-            "repaired a {:birds}'s {:things}",
-        ),
-        (
-            "robbed a widowed {:swimmers}",
-            "insulted an aged {:birds}",
-            "bullied a small {:insects}",
-            "betrayed a trusting {:young}",
-            "burned a {:birds}'s {:things}",
-        ),
-        ("admired the {:skies}", "whistled {:loudly}", "lit a fire", "ate some {:foods}"),
-    ),
-)
+    (("fed a hungry {:birds}", "freed a trapped {:insects}", "guided a lost {:young}",
+      "greeted a shy {:swimmers}", "shared {:foods} with a {:young}"),
+     ("mocked a clumsy {:young}", "chased a tiny {:insects}", "tricked a simple {:swimmers}",
+      "woke a weary {:birds}", "stole {:foods} from a {:birds}"),
+     ("crossed a {:grounds}", "counted {:counted}", "rested awhile", "picked {:flowers}")),
+    (("warmed a shivering {:birds}", "carried a lame {:swimmers}", "comforted a lonely {:young}",
+      "rescued a drowning {:insects}", "mended a {:swimmers}'s {:things}"),
+     ("pinched a sleeping {:young}", "frightened a timid {:birds}", "cheated a poor {:swimmers}",
+      "trapped a singing {:insects}", "broke a {:swimmers}'s {:things}"),
+     ("hummed a {:tunes}", "watched the {:drifters}", "found a {:finds}", "drank some water")),
+    (("nursed a wounded {:birds}", "sheltered a homeless {:insects}", "cheered a tearful {:young}",
+      "washed a muddy {:swimmers}", "gave {:foods} to a {:birds}"),
+     ("teased a stammering {:young}", "shooed a thirsty {:birds}", "shoved a limping {:swimmers}",
+      "squashed a harmless {:insects}", "snatched {:foods} from a {:young}"),
+     ("slept under a {:trees}", "passed a {:landmarks}", "climbed a stile", "gathered {:stuff}")),
+    (("helped a blind {:swimmers}", "forgave a rude {:insects}", "defended a frail {:birds}",
+      "hugged a grieving {:young}", "repaired a {:birds}'s {:things}"),
+     ("robbed a widowed {:swimmers}", "insulted an aged {:birds}", "bullied a small {:insects}",
+      "betrayed a trusting {:young}", "burned a {:birds}'s {:things}"),
+     ("admired the {:skies}", "whistled {:loudly}", "lit a fire", "ate some {:foods}")),
+)  # fmt: skip
 
 RETURNS = (
-    " At last {she} ",
-    " That winter {she} ",
-    " By harvest time {she} ",
-    " A week later {she} ",
-    " In the end {she} ",
-    " Before snowfall {she} ",
-)
+    " At last {she} ", " That winter {she} ", " By harvest time {she} ", " A week later {she} ",
+    " In the end {she} ", " Before snowfall {she} ",
+)  # fmt: skip
 KEPT = (
     "returned| the {tool} to {helper} and stayed to {service}.",
     "took| {helper} the {tool} and remained to {service}.",
@@ -163,25 +96,17 @@ BROKEN = (
     "threw| away the {tool} and left {helper} to {service}.",
 )
 HAPPY = (
-    " And so {own} wish came true.",
-    " {Own} wish was granted within the week.",
-    " The {:folk} cheered, for {own} dream came true.",
-    " Fortune smiled on {her} ever after.",
-    " To this day the {:folk} sing of {own} joy.",
-    " From then on every door stood open.",
-    " {She} lived happily among the {:folk}.",
-    " All {she} had hoped for came to pass.",
-)
+    " And so {own} wish came true.", " {Own} wish was granted within the week.",
+    " The {:folk} cheered, for {own} dream came true.", " Fortune smiled on {her} ever after.",
+    " To this day the {:folk} sing of {own} joy.", " From then on every door stood open.",
+    " {She} lived happily among the {:folk}.", " All {she} had hoped for came to pass.",
+)  # fmt: skip
 SAD = (
-    " But {own} wish never came true.",
-    " {Own} dream melted away like snow.",
-    " After that the {:folk} shut their doors.",
-    " Luck left {her}, and the dream faded.",
-    " To the last {she} wondered what went wrong.",
-    " {She} grew old, alone and forgotten.",
-    " Nothing {she} dreamed of was ever {hers}.",
-    " None of the {:folk} spoke to {her} again.",
-)
+    " But {own} wish never came true.", " {Own} dream melted away like snow.",
+    " After that the {:folk} shut their doors.", " Luck left {her}, and the dream faded.",
+    " To the last {she} wondered what went wrong.", " {She} grew old, alone and forgotten.",
+    " Nothing {she} dreamed of was ever {hers}.", " None of the {:folk} spoke to {her} again.",
+)  # fmt: skip
 
 SMALL_CLAUSES = (
     (("fed a mouse", "freed a bird"), ("mocked a hen", "robbed a newt"), ("rested", "hummed")),
@@ -191,6 +116,12 @@ SMALL_KEPT = ("returned| the {tool} in time.", "brought| back the {tool}.")
 SMALL_BROKEN = ("kept| the {tool}.", "lost| the {tool} and lied.")
 SMALL_HAPPY = (" {Own} wish came true.", " {She} was happy ever after.")
 SMALL_SAD = (" {Own} wish never came true.", " {She} went home with nothing.")
+
+# Of the hero: of a woman, of a man.
+PRONOUNS = {
+    "she": ("she", "he"), "She": ("She", "He"), "her": ("her", "him"),
+    "own": ("her", "his"), "Own": ("Her", "His"), "hers": ("hers", "his"),
+}  # fmt: skip
 
 # How likely a kind, an unkind and a neutral clause are for a warm and for a cold hero.
 HABITS = {True: (0.36, 0.26, 0.38), False: (0.26, 0.36, 0.38)}
@@ -208,47 +139,35 @@ def _shared(*groups: tuple[float, Options]) -> tuple[Options, tuple[float, ...]]
     return options, tuple(share / len(group) for share, group in groups for _ in group)
 
 
-def _warm(t: Teller) -> bool:
-    return t.words["trait"] in WARM
-
-
 def _pronouns(t: Teller) -> None:
     """Keep the hero's pronouns, which must agree with the name."""
-    female = t.words["hero"] in FEMALE
-    for name, she, he in (
-        ("she", "she", "he"),
-        ("She", "She", "He"),
-        ("her", "her", "him"),
-        ("own", "her", "his"),
-        ("Own", "Her", "His"),
-        ("hers", "hers", "his"),
-    ):
-        t.keep(name, she if female else he, (she, he))
+    for name, pair in PRONOUNS.items():
+        t.keep(name, pair[0 if t.words["hero"] in FEMALE else 1], pair)
 
 
 def _clause(t: Teller, clauses: tuple[Options, Options, Options], last: bool) -> None:
     """One clause, perhaps a deed; a story has at least one, so the last clause may have to be."""
-    groups = tuple(zip(HABITS[_warm(t)], clauses, strict=True))
-    options, weights = _shared(*(groups if t.deeds or not last else groups[:2]))
-    index, clause = t.head_of(options, weights)
-    kind, unkind = len(clauses[0]), len(clauses[1])
+    groups = tuple(zip(HABITS[t.words["trait"] in WARM], clauses, strict=True))
+    deeds, kind, unkind = t.attributes.deeds, len(clauses[0]), len(clauses[1])
+    index, clause = t.head_of(*_shared(*(groups if deeds or not last else groups[:2])))
     if index < kind + unkind:
-        t.deeds.append(1 if index < kind else -1)
+        t.attributes = t.attributes._replace(deeds=(*deeds, 1 if index < kind else -1))
     t.rest(clause)
 
 
 def _promise(t: Teller, kept: Options, broken: Options) -> None:
-    keeps = KEEPS[_warm(t)]
+    keeps = KEEPS[t.words["trait"] in WARM]
     index, resolution = t.head_of(*_shared((keeps, kept), (1 - keeps, broken)))
-    t.promise_kept = index < len(kept)
+    t.attributes = t.attributes._replace(promise_kept=index < len(kept))
     t.rest(resolution)
 
 
 def _ending(t: Teller, happy: Options, sad: Options) -> None:
-    deserving = sum(t.deeds) + (PROMISE_WORTH if t.promise_kept else -PROMISE_WORTH) > 0
+    promise = PROMISE_WORTH if t.attributes.promise_kept else -PROMISE_WORTH
+    deserving = sum(t.attributes.deeds) + promise > 0
     share = FITS if deserving else 1 - FITS
     index, ending = t.head_of(*_shared((share, happy), (1 - share, sad)))
-    t.ending_fits = (index < len(happy)) == deserving
+    t.attributes = t.attributes._replace(ending_fits=(index < len(happy)) == deserving)
     t.rest(ending)
 
 

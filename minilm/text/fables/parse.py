@@ -1,15 +1,16 @@
 """Reading stories: the grammar replayed against a text by a `Reader`."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+import os.path
+import string
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, no_type_check
 
 from minilm.text.fables.grammar import story_of
-from minilm.text.fables.teller import Attributes, Teller, cumulative, pieces
+from minilm.text.fables.teller import Attributes, Teller
 from minilm.text.fables.words import LISTS
 
-FAILURES = ("slip", "break", "no_end")
+_COPIES = string.Formatter()  # parses "gave {helper} the {tool}." into literals and names
 
 
 class Parsed(NamedTuple):
@@ -30,8 +31,8 @@ class Parsed(NamedTuple):
 class _Walk(NamedTuple):
     """Fixed text read as far as it goes."""
 
-    reached: int
     complete: bool
+    reached: int
     slips: int
 
 
@@ -47,9 +48,6 @@ class Choice(NamedTuple):
     weights: tuple[float, ...] | None
     index: int
 
-    def mass(self, index: int) -> float:
-        return 1.0 if self.weights is None else self.weights[index]
-
 
 @no_type_check  # see Teller
 class Reader(Teller):
@@ -61,78 +59,70 @@ class Reader(Teller):
         self.position = 0
         self.trace: list[Choice] = []
 
-    def read(self, tell: Callable[[Teller], None]) -> str | None:
-        """Read the text as what `tell` tells; the failure, as `Parsed.failure`."""
+    def read(self, tell: Callable[[Teller], None]) -> Parsed:
+        """Read the text as what `tell` tells."""
         try:
             tell(self)
+            failure = "slip" if self.attributes.slips else None
         except _Stop:
-            return "no_end" if self.position == len(self.text) else "break"
+            failure = "no_end"
         if self.position < len(self.text):
-            return "break"
-        return "slip" if self.slips else None
+            failure = "break"
+        valid = failure is None
+        logprob = self.logprob if valid else None
+        choices = tuple(self.choices)
+        return Parsed(valid, failure, self.position, logprob, choices, self.attributes)
 
     def charges(self) -> list[float]:
         """What each character of a text read to its end is charged; see `charges`."""
         charge = [0.0] * len(self.text)
-        for choice in self.trace:
-            surface = choice.surfaces[choice.index]
-            alive = [(each, choice.mass(i)) for i, each in enumerate(choice.surfaces)]
-            mass = sum(m for _, m in alive)
-            for k, character in enumerate(surface):
+        for start, surfaces, weights, index in self.trace:
+            masses = weights or (1.0,) * len(surfaces)
+            alive = list(zip(surfaces, masses, strict=True))
+            mass = sum(masses)
+            for k, character in enumerate(surfaces[index]):
                 alive = [(each, m) for each, m in alive if each[k : k + 1] == character]
                 left = sum(m for _, m in alive)
-                charge[choice.start + k] += math.log(mass / left)
+                charge[start + k] += math.log(mass / left)
                 mass = left
             if len(alive) > 1:  # longer words that begin like this one: the next character tells
-                charge[choice.start + len(surface)] += math.log(mass / choice.mass(choice.index))
+                charge[start + len(surfaces[index])] += math.log(mass / masses[index])
         return charge
 
     def _fixed(self, fixed: str) -> None:
-        surface = fixed.format_map(self.words) if "{" in fixed else fixed
+        surface = self._filled(fixed)
         if self.text.startswith(surface, self.position):
             self.position += len(surface)
         else:
             self._follow(self._walk(fixed))
 
-    def _choose(
-        self, options: tuple[str, ...], weights: tuple[float, ...] | None, copies: bool
-    ) -> tuple[int, str]:
-        text, start = self.text, self.position
-        surfaces = self._surfaces(options, copies)
-        index = -1
-        for i, surface in enumerate(surfaces):
-            if text.startswith(surface, start):
-                end = start + len(surface)
-                if not (surface[-1].isalpha() and text[end : end + 1].isalpha()):
-                    index, self.position = i, end
-                    break
-        if index < 0:
-            # Best: complete, then farthest, then fewest slips, then first in the list.
+    def _pick(self, options, surfaces, weights) -> int:
+        start = self.position
+        exact = (i for i, surface in enumerate(surfaces) if self._at(surface, start))
+        index = next(exact, None)
+        if index is None:
             walks = [self._walk(option) for option in options]
-            index = max(
-                range(len(walks)),
-                key=lambda i: (walks[i].complete, walks[i].reached, -walks[i].slips, -i),
-            )
-            self._follow(walks[index])
-        total = len(surfaces) if weights is None else cumulative(weights)[-1]
-        choice = Choice(start, surfaces, weights, index)
-        self.logprob += math.log(choice.mass(index) / total)
-        self.choices.append(index)
-        self.trace.append(choice)
-        return index, surfaces[index]
+            best = max(walks, key=lambda walk: (walk.complete, walk.reached, -walk.slips))
+            index = walks.index(best)
+            self._follow(best)
+        else:
+            self.position += len(surfaces[index])
+        self.trace.append(Choice(start, surfaces, weights, index))
+        return index
 
     def _follow(self, walk: _Walk) -> None:
         self.position = walk.reached
-        self.slips += walk.slips
+        slips = self.attributes.slips + walk.slips
+        self.attributes = self.attributes._replace(slips=slips)
         if not walk.complete:
             raise _Stop
 
     def _walk(self, fixed: str) -> _Walk:
         """Read fixed text from the current position, taking another word of the list as a slip."""
         position, slips = self.position, 0
-        for literal, name in pieces(fixed):
+        for literal, name, _, _ in _COPIES.parse(fixed):
             if not self.text.startswith(literal, position):
-                return _Walk(position + self._common(literal, position), False, slips)
+                return _Walk(False, position + self._common(literal, position), slips)
             position += len(literal)
             if name is None:
                 continue
@@ -140,27 +130,24 @@ class Reader(Teller):
             if not self._at(word, position):
                 other = next((w for w in self.kin[name] if self._at(w, position)), None)
                 if other is None:
-                    return _Walk(position + self._common(word, position), False, slips)
+                    return _Walk(False, position + self._common(word, position), slips)
                 word, slips = other, slips + 1
             position += len(word)
         # A surface that ends inside a word of the text is not there.
-        if fixed[-1].isalpha() and self.text[position : position + 1].isalpha():
-            return _Walk(position, False, slips)
-        return _Walk(position, True, slips)
+        inside = fixed[-1].isalpha() and self.text[position : position + 1].isalpha()
+        return _Walk(not inside, position, slips)
 
-    def _at(self, word: str, position: int) -> bool:
-        end = position + len(word)
-        return self.text.startswith(word, position) and not self.text[end : end + 1].isalpha()
+    def _at(self, surface: str, position: int) -> bool:
+        """Whether a surface stands at `position`, and does not end inside a word."""
+        if not self.text.startswith(surface, position):
+            return False
+        end = position + len(surface)
+        return not (surface[-1].isalpha() and self.text[end : end + 1].isalpha())
 
     def _common(self, expected: str, position: int) -> int:
         """Length of the common beginning of `expected` and the text from `position`."""
         seen = self.text[position : position + len(expected)]
-        return next((i for i, c in enumerate(seen) if c != expected[i]), len(seen))
-
-
-def _read(text: str, size: str) -> tuple[Reader, str | None]:
-    reader = Reader(LISTS, text)
-    return reader, reader.read(story_of(size))
+        return len(os.path.commonprefix((expected, seen)))
 
 
 def parse(text: str, *, size: str = "full") -> Parsed:
@@ -169,15 +156,7 @@ def parse(text: str, *, size: str = "full") -> Parsed:
     >>> parse("Once upon a time.").failure
     'break'
     """
-    reader, failure = _read(text, size)
-    return Parsed(
-        valid=failure is None,
-        failure=failure,
-        prefix=reader.position,
-        logprob=reader.logprob if failure is None else None,
-        choices=tuple(reader.choices),
-        attributes=reader.attributes(),
-    )
+    return Reader(LISTS, text).read(story_of(size))
 
 
 def charges(text: str, *, size: str = "full") -> list[float]:
@@ -191,19 +170,8 @@ def charges(text: str, *, size: str = "full") -> list[float]:
     Raises:
       ValueError: the text is not a story.
     """
-    reader, failure = _read(text, size)
-    if failure is not None:
-        raise ValueError(f"not a story of the {size} grammar ({failure} at {reader.position})")
+    reader = Reader(LISTS, text)
+    read = reader.read(story_of(size))
+    if not read.valid:
+        raise ValueError(f"not a story of the {size} grammar ({read.failure} at {read.prefix})")
     return reader.charges()
-
-
-def failures(texts: Iterable[str], size: str) -> dict[str, int]:
-    """How many texts fail in which way; valid ones are not counted."""
-    counts = Counter(parse(text, size=size).failure for text in texts)
-    return {kind: counts[kind] for kind in FAILURES}
-
-
-def parse_share(texts: Iterable[str], size: str) -> float:
-    """Share of texts that are stories, nan for no texts."""
-    valid = [parse(text, size=size).valid for text in texts]
-    return sum(valid) / len(valid) if valid else math.nan

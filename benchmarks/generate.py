@@ -1,0 +1,74 @@
+"""How many completions a second come out, in float32 and in bfloat16 with and without XLA's flags.
+
+    uv run python benchmarks/generate.py [--config CONFIG] [--rounds N] [--quick]
+
+Every completion has all of its 83 tokens: none stops early.
+"""
+
+import sys
+import time
+
+import alternate
+
+from minilm.config import Config
+
+BATCH, PROMPT, NEW = 64, 16, 83
+
+
+def sizes(quick: bool) -> tuple[int, int, int]:
+    """Batch, tokens of a prompt, new tokens."""
+    return (2, 4, 4) if quick else (BATCH, PROMPT, NEW)
+
+
+def prepare(config: Config, dtype: str, batch: int, prompt: int, new: int) -> alternate.Prepared:
+    """One jitted call: prefill and decode."""
+    import jax
+    from flax import nnx
+
+    from minilm.generate import generate
+    from minilm.model import Transformer
+
+    vocab = config.tokenizer.vocab_size
+    model = Transformer(config.model, vocab, compute_dtype=dtype, rngs=nnx.Rngs(0))
+    prompts = jax.random.randint(jax.random.key(0), (batch, prompt), 2, vocab)
+    keys = iter(jax.random.split(jax.random.key(1), 100_000))
+    start = time.perf_counter()
+    # No token is -1, so that no completion ends early.
+    compiled = generate.lower(
+        model, prompts, jax.random.key(1), max_new_tokens=new, eos_id=-1
+    ).compile()
+    facts = {"compile_seconds": time.perf_counter() - start}
+    return alternate.Prepared(
+        lambda: jax.block_until_ready(compiled(model, prompts, next(keys))), facts
+    )
+
+
+def main() -> None:
+    args = alternate.arguments(__doc__ or "")
+    config = alternate.load(args)
+    batch, prompt, new = sizes(args.quick)
+    if args.child:
+        prepared = prepare(config, args.child, batch, prompt, new)
+        alternate.serve(prepared, args.child, args.seconds)
+        return
+    results = alternate.measure(sys.argv, args.variants, args.rounds)
+    base = results.get("float32")
+    rows = {}
+    for name, result in results.items():
+        if result is None:
+            rows[name] = None
+            continue
+        seconds = alternate.median(result, "seconds")
+        rows[name] = {
+            "completions_per_second": batch / seconds,
+            "times_float32": alternate.speedup(result, base) if base else float("nan"),
+            "tokens_per_second": batch * new / seconds,
+            "peak_gflops": alternate.median(result, "peak_gflops"),
+            "compile_seconds": result["compile_seconds"],
+        }
+    measured = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new, "rounds": args.rounds}
+    alternate.show("generate", rows, measured)
+
+
+if __name__ == "__main__":
+    main()

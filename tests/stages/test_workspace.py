@@ -1,0 +1,159 @@
+"""Where stages find their inputs, and what they say when these do not fit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from minilm import checkpoint
+from minilm.config import Config, ModelConfig, TokenizerConfig
+from minilm.errors import UserError
+from minilm.model import Transformer
+from minilm.stages.workspace import (
+    Workspace,
+    load_model,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from minilm.text.corpora import Document
+from minilm.text.tokenizer import train_tokenizer
+
+TINY = ModelConfig(
+    num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8
+)  # fmt: skip
+CONFIG = Config(model=TINY, tokenizer=TokenizerConfig(kind="bytes"))
+BYTES = train_tokenizer(CONFIG.tokenizer, [])
+LETTERS = train_tokenizer(TokenizerConfig(kind="characters"), ["abc"])
+
+
+def model(*, scalar_head: bool = False) -> Transformer:
+    """Each number another, so that nothing is mistaken for anything else."""
+    shape = jax.eval_shape(
+        lambda: Transformer(TINY, BYTES.vocab_size, scalar_head=scalar_head, rngs=nnx.Rngs(0))
+    )
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(0, 1, x.shape).astype(np.float32), shape)
+
+
+@pytest.fixture
+def ws(tmp_path) -> Workspace:
+    """A run with a pretrained model and a reward model."""
+    ws = Workspace(CONFIG, tmp_path, None, "float32")
+    BYTES.save(ws.tokenizer_file)
+    for stage, head in (("pretrain", False), ("reward", True)):
+        checkpoint.save(
+            ws.stage(stage) / "checkpoints", 5, {"model": model(scalar_head=head)},
+            ws.metadata(stage, scalar_head=head), keep=1,
+        )  # fmt: skip
+        write_json(ws.stage(stage) / "done.json", {})
+    write_jsonl(ws.stage("pretrain") / "held_out.jsonl", [{"text": "a", "id": "1"}])
+    return ws
+
+
+def arrays(module) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x) for name, x in checkpoint.flatten(module).items()}
+
+
+def test_a_stages_model_comes_back_as_saved(ws):
+    found, expected = arrays(ws.load("pretrain")), arrays(model())
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert ws.load("reward").score is not None
+
+
+def test_a_scalar_head_is_added_as_zeros_and_taken_away_and_nothing_else_changes(ws):
+    plain = arrays(model())
+    added = arrays(ws.load("pretrain", scalar_head=True))
+    np.testing.assert_array_equal(added.pop("score"), 0)
+    with_head = arrays(model(scalar_head=True))
+    removed = arrays(ws.load("reward", scalar_head=False))
+    del with_head["score"]
+    for found, expected in ((added, plain), (removed, with_head)):
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_checkpoint_alone_tells_its_models_shape_and_dtype(ws):
+    path = checkpoint.find(ws.stage("reward"))
+    found, meta = load_model(path)
+    assert (found.config, found.compute_dtype, meta["scalar_head"]) == (TINY, "float32", True)
+    assert load_model(path, compute_dtype="bfloat16")[0].compute_dtype == "bfloat16"
+
+
+def test_a_model_of_another_tokenizer_is_refused(ws):
+    LETTERS.save(ws.tokenizer_file)
+    other = Workspace(CONFIG, ws.out, None, "float32")
+    with pytest.raises(UserError, match="reward model was trained with another tokenizer"):
+        other.load("reward")
+
+
+def test_a_checkpoint_that_does_not_hold_the_models_parameters_names_them(ws):
+    checkpoint.save(
+        ws.stage("rlhf") / "checkpoints", 1, {"model": model()},
+        ws.metadata("rlhf", scalar_head=True), keep=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"model\.score"):
+        ws.load("rlhf")
+
+
+def test_a_stage_without_a_checkpoint_says_so(ws):
+    with pytest.raises(UserError):
+        ws.load("rlhf")
+
+
+def test_another_runs_pretrained_model_tokenizer_and_held_out_documents_are_read(ws, tmp_path):
+    new = Workspace(CONFIG, tmp_path / "new", ws.out, "float32")
+    assert new.tokenizer.digest == BYTES.digest
+    assert new.held_out() == [Document("a", "1")]
+    assert new.stage("reward") == tmp_path / "new" / "reward"
+    new.load("pretrain")
+
+
+def test_json_lines_survive_any_text(tmp_path):
+    """U+2028 and its like end a line for str.splitlines, but not in JSON Lines."""
+    rows = [{"text": "a\u2028b\u0085c\nd\x0ce"}, {"text": "“é” 😀", "logprob": -1.5}]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    assert read_jsonl(tmp_path / "x.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "said"),
+    [
+        (b'{"a": 1}\n{"a": \n', ":2", "not JSON"),
+        (b'\n{"a": 1}\n[1]\n', ":3", "a line must be a JSON object"),
+        (b'{"a": "\xff"}\n', "", "cannot read"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, content, where, said):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        read_jsonl(path)
+    assert str(caught.value.where) == f"{path}{where}"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="missing file") as caught:
+        read_jsonl(tmp_path / "none.jsonl")
+    assert caught.value.where == tmp_path / "none.jsonl"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "deep" / "x.json", {"a": 1})
+    with pytest.raises(ValueError, match="nan"):
+        write_json(tmp_path / "deep" / "x.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "deep" / "x.json").read_text()) == {"a": 1}
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.json"]
+
+
+def test_what_cannot_be_written_is_a_users_error(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        write_text(tmp_path / "x.json", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

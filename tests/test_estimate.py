@@ -1,0 +1,53 @@
+"""What a config costs, said before anything runs."""
+
+import pytest
+
+from minilm.config import Config, ModelConfig, PretrainConfig, TokenizerConfig
+from minilm.estimate import STARTUP_SECONDS, TRAIN_EFFICIENCY, minutes, model_command, model_shape
+from minilm.model import flops_per_token, parameter_count
+
+CONFIG = Config(
+    tokenizer=TokenizerConfig(vocab_size=300),
+    model=ModelConfig(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8,
+                      mlp_dim=24),
+    pretrain=PretrainConfig(steps=1000, batch_size=4, sequence_length=64, sample_count=1,
+                            max_new_tokens=1),
+)  # fmt: skip
+MACHINE = {"matmul_gflops": 100.0}
+
+
+def test_the_shape_is_that_of_the_model_and_is_not_allocated():
+    shape = model_shape(CONFIG)
+    # Embedding; attention 16·(2 + 1 + 1)·8 + 16·16; QK-norm; SwiGLU; three norms.
+    assert parameter_count(shape) == 300 * 16 + 512 + 256 + 16 + 3 * 16 * 24 + 3 * 16
+    assert shape.score is None
+    assert model_shape(CONFIG, scalar_head=True).score is not None
+
+
+def test_pretraining_takes_its_operations_over_the_machines_rate():
+    train = flops_per_token(CONFIG.model, 300, 64) * 1000 * 4 * 64
+    seconds = train / (TRAIN_EFFICIENCY * 100e9)
+    assert minutes("pretrain", CONFIG, MACHINE) == pytest.approx(
+        (STARTUP_SECONDS + seconds) / 60, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "preferences", "reward", "rlhf"])
+def test_every_stage_takes_longer_on_a_slower_machine(stage):
+    fast, slow = (minutes(stage, CONFIG, {"matmul_gflops": rate}) for rate in (1000.0, 1.0))
+    assert STARTUP_SECONDS / 60 <= fast < slow
+
+
+def test_pairs_from_a_file_need_no_sampling():
+    config = CONFIG.model_copy(
+        update={"preferences": CONFIG.preferences.model_copy(update={"file": "pairs.jsonl"})}
+    )
+    assert minutes("preferences", config, MACHINE) == STARTUP_SECONDS / 60
+
+
+def test_the_command_prints_parameters_operations_and_memory(capsys):
+    model_command(CONFIG)
+    text = capsys.readouterr().out
+    assert f"{parameter_count(model_shape(CONFIG)):,}" in text
+    assert f"{flops_per_token(CONFIG.model, 300, 64):,}" in text
+    assert "MiB" in text

@@ -1,0 +1,173 @@
+"""Labels against the probabilities they are drawn with, and files of the user's own."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from minilm.errors import UserError
+from minilm.text.preferences import (
+    Pair,
+    bayes_rates,
+    chosen_probability,
+    dump_pairs,
+    label_pairs,
+    pair_probabilities,
+    pairs_from,
+)
+
+CLEAN = {"temperature": 1.0, "flip_rate": 0.0}
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def labelled(gold, *, completions=None, seed=0, raters=1, **dials) -> list[Pair]:
+    gold = np.asarray(gold, float)
+    texts = completions or [[f"story {j}" for j in range(gold.shape[1])]] * len(gold)
+    prompts = [f"prompt {i}" for i in range(len(gold))]
+    return label_pairs(
+        prompts, texts, gold, np.random.default_rng(seed), raters=raters, **(CLEAN | dials)
+    )
+
+
+def within(count: int, expected: float, draws: int) -> bool:
+    """A binomial count within 4.5 standard deviations: a false alarm in 150,000."""
+    p = expected / draws
+    return abs(count - expected) <= 4.5 * math.sqrt(draws * p * (1 - p))
+
+
+def test_a_raters_probability_is_the_logistic_of_the_gap_over_the_temperature():
+    found = chosen_probability(np.array([0.0, 1.0, -3.0]), temperature=2.0, flip_rate=0.0)
+    np.testing.assert_allclose(found, [0.5, sigmoid(0.5), sigmoid(-1.5)])
+    flipped = chosen_probability(np.array([2.0]), temperature=1.0, flip_rate=0.1)
+    np.testing.assert_allclose(flipped, 0.9 * sigmoid(2) + 0.1 * sigmoid(-2))
+
+
+def test_huge_gaps_do_not_overflow():
+    found = chosen_probability(np.array([1e6, -1e6]), temperature=1e-3, flip_rate=0.0)
+    assert found.tolist() == [1.0, 0.0]
+
+
+def test_all_pairs_of_different_completions_are_labelled():
+    pairs = labelled(
+        [[1.0, 2.0, 2.0, 3.0]], completions=[["a", "b", "b", "c"]]
+    )  # fmt: skip
+    met = [frozenset((p.chosen, p.rejected)) for p in pairs]
+    assert sorted(map(sorted, met)) == [["a", "b"], ["a", "b"], ["a", "c"], ["b", "c"], ["b", "c"]]
+
+
+def test_gold_goes_with_its_text_whichever_was_chosen():
+    gold = {"story 0": -1.0, "story 1": 0.5, "story 2": 2.0}
+    pairs = labelled([list(gold.values())] * 200)
+    assert all(
+        (p.gold_chosen, p.gold_rejected) == (gold[p.chosen], gold[p.rejected]) for p in pairs
+    )
+    assert {p.chosen for p in pairs} == set(gold)
+
+
+def test_the_chosen_one_has_the_votes():
+    pairs = labelled([[0.0, 0.3]] * 500, raters=5)
+    assert {p.votes for p in pairs} == {5}
+    assert {p.votes_chosen for p in pairs} == {3, 4, 5}
+
+
+@pytest.mark.parametrize("flip_rate", [0.0, 0.2])
+def test_votes_follow_bradley_and_terry(flip_rate):
+    """The better one is chosen as often as its probability says, flips included."""
+    count, gap = 4000, 1.5
+    pairs = labelled([[gap, 0.0]] * count, flip_rate=flip_rate, temperature=0.8)
+    p = sigmoid(gap / 0.8)
+    p = (1 - flip_rate) * p + flip_rate * (1 - p)
+    better = sum(x.chosen == "story 0" for x in pairs)
+    assert within(better, count * p, count)
+
+
+def test_the_number_of_votes_is_binomial():
+    count, raters, gap = 3000, 4, 0.7
+    pairs = labelled([[gap, 0.0]] * count, raters=raters)
+    votes = [p.votes_chosen if p.chosen == "story 0" else raters - p.votes_chosen for p in pairs]
+    p = sigmoid(gap)
+    for n in range(raters + 1):
+        expected = count * math.comb(raters, n) * p**n * (1 - p) ** (raters - n)
+        assert within(votes.count(n), expected, count), n
+
+
+def test_a_tie_goes_to_either():
+    """Ties that always fell to the first completion would teach the model its place."""
+    pairs = [p for p in labelled([[0.0, 0.0]] * 3000, raters=2) if p.votes_chosen == 1]
+    assert len(pairs) > 1000
+    assert within(sum(p.chosen == "story 0" for p in pairs), len(pairs) / 2, len(pairs))
+
+
+@pytest.mark.parametrize("flip_rate", [0.0, 0.1])
+def test_bayes_rates_against_enumeration(flip_rate):
+    """Over both labels of each pair: what the best guesser gets right, and what it pays."""
+    golds = [(0.0, 0.0), (1.0, -1.0), (-2.0, 0.5), (4.0, 0.0)]
+    pairs = [Pair("p", "a", "b", gold_chosen=a, gold_rejected=b) for a, b in golds]
+    right, loss = 0.0, 0.0
+    for a, b in golds:
+        clean = sigmoid((a - b) / 0.7)
+        first = (1 - flip_rate) * clean + flip_rate * (1 - clean)
+        for probability, guess in ((first, first >= 0.5), (1 - first, first < 0.5)):
+            right += probability * guess / len(golds)
+            loss -= probability * math.log(probability) / len(golds)
+    found = bayes_rates(pairs, temperature=0.7, flip_rate=flip_rate)
+    assert found == pytest.approx((right, loss), rel=1e-9)
+
+
+def test_bayes_rates_of_certain_pairs_are_one_and_zero():
+    pairs = [Pair("p", "a", "b", gold_chosen=1e6, gold_rejected=-1e6)]
+    accuracy, loss = bayes_rates(pairs, **CLEAN)
+    assert (accuracy, loss) == (1.0, pytest.approx(0.0, abs=1e-12))
+
+
+def test_without_gold_the_probability_is_the_share_of_votes():
+    pairs = [Pair("p", "a", "b", 3, 4), Pair("p", "a", "b", 3, 4, 1.0, 0.0)]
+    np.testing.assert_allclose(pair_probabilities(pairs, **CLEAN), [0.75, sigmoid(1.0)])
+
+
+def test_pairs_survive_the_file():
+    pairs = [
+        Pair("Once, “the” fox.", " It\nran.", " Ït slept.", 4, 5, 1.25, -0.5),
+        Pair("p", "a", "b"),
+    ]
+    lines = dump_pairs(pairs).splitlines()
+    assert pairs_from([json.loads(line) for line in lines], "pairs.jsonl") == pairs
+    assert set(json.loads(lines[1])) == {"prompt", "chosen", "rejected", "votes_chosen", "votes"}
+
+
+def test_trls_own_form_is_read_and_extra_keys_are_ignored():
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "rater": "ann", "label_flipped": True}]
+    assert pairs_from(rows, "x") == [Pair("p", "a", "b")]
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "missing field 'rejected'"),
+        (GOOD | {"chosen": 3}, "'chosen' must be a text"),
+        (GOOD | {"votes": "5"}, "'votes' must be a number"),
+        (GOOD | {"votes": True}, "'votes' must be a number"),
+        (GOOD | {"votes_chosen": 2.5, "votes": 5}, "'votes_chosen' must be a number"),
+        (GOOD | {"gold_chosen": "high"}, "'gold_chosen' must be a number"),
+        (GOOD | {"votes_chosen": 6, "votes": 5}, "votes_chosen must lie between 0 and votes"),
+        (GOOD | {"votes_chosen": -1, "votes": 5}, "votes_chosen must lie between 0 and votes"),
+        (GOOD | {"votes_chosen": 0, "votes": 0}, "votes_chosen must lie between 0 and votes"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_field(bad, said):
+    with pytest.raises(UserError) as caught:
+        pairs_from([GOOD, bad], "pairs.jsonl")
+    assert caught.value.problem == said
+    assert caught.value.where == "pairs.jsonl:2"
+
+
+def test_a_file_without_pairs_is_an_error():
+    with pytest.raises(UserError, match="no preference pairs"):
+        pairs_from([], "pairs.jsonl")
