@@ -3,7 +3,9 @@
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from minilm.errors import UserError, nearest
 
@@ -34,14 +36,15 @@ def bind[R](
     touching minilm.
 
     Raises:
-      UserError: unknown name, a module that cannot be imported, an option the function lacks.
+      UserError: unknown name, a module that cannot be imported, an option that the function lacks
+        or one that it needs and did not get.
     """
     function = _imported(name, where) if ":" in name else choose(registry, name, where)
-    known = {
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for option, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and option not in options:
+            raise UserError(f"'{name}' needs the option '{option}'", where=where)
     for option in options:
         if option not in known:
             close = nearest(option, known)
@@ -56,6 +59,8 @@ def bind[R](
 
 def _imported(name: str, where: str) -> Callable:
     module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # where `python -m` looks too, but `minilm` not
+        sys.path.append(here)
     try:
         found = vars(importlib.import_module(module))[attribute]
     except ImportError as error:

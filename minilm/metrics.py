@@ -6,11 +6,11 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 from rich.table import Column
 
 from minilm.checkpoint import write_atomically
@@ -24,7 +24,6 @@ class MetricsLog:
     """Appends records to a JSON Lines file; each is in the file, whole, when `log` returns.
 
     Args:
-      path: made if missing, its folder too.
       keep_until: the step of the checkpoint that training goes on from, -1 at the start. Later
         records are cut off: those steps will be taken again.
     Raises:
@@ -38,15 +37,10 @@ class MetricsLog:
         # Unbuffered: a line is one write, so a killed process leaves at most one torn line.
         self._file = path.open("ab", buffering=0)
 
-    def log(
-        self, step: int, values: Mapping[str, Any], kind: Literal["train", "eval"] = "train"
-    ) -> None:
+    def log(self, step: int, values: Mapping[str, Any], kind: str = "train") -> None:
         """Writes one record of numbers: `{"step": 10, "kind": "train", "loss": 2.5}`.
 
         JSON has no NaN and no infinity: these become null, and `nonfinite` lists their names.
-
-        Raises:
-          UserError: the disk is full or gone.
         """
         numbers = {name: float(value) for name, value in values.items()}
         record: dict[str, Any] = {"step": step, "kind": kind, **numbers}
@@ -94,18 +88,15 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 class Progress:
     """A live line of where a stage stands; plain lines every ten seconds without a terminal.
 
-    `update` is cheap enough for every step: values are formatted only when the line is redrawn.
-
     Args:
-      title: the stage's name.
-      total: its last step.
+      total: the last step.
       start: the step that a resumed stage goes on from.
     """
 
     def __init__(self, title: str, total: int, *, start: int = 0, console: Console | None = None):
         self._console = console or Console()
         self._live = self._console.is_terminal and not self._console.is_jupyter
-        self._bar = rich.progress.Progress(
+        self._bar = Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(20),
             TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True), markup=False),
@@ -113,8 +104,8 @@ class Progress:
             auto_refresh=False,  # no thread: `update` redraws
             get_time=time.perf_counter,
         )
-        begun = f"{start}/{total}"
-        self._id = self._bar.add_task(title, total=total, completed=start, line=begun)
+        line = f"{start}/{total}"
+        self._id = self._bar.add_task(title, total=total, completed=start, line=line)
         self._task = self._bar.tasks[self._id]
         self._values: Mapping[str, Any] = {}
         self._tokens: float | int = 0
@@ -132,7 +123,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, metrics: Mapping[str, Any], tokens: float | int = 0) -> None:
-        """Says that `step` steps are done; steps may be passed over.
+        """Says that `step` steps are done; cheap, since values are formatted at a redraw only.
 
         Args:
           metrics: numbers worth showing, in this order.

@@ -1,4 +1,4 @@
-"""The transformer: a Qwen3-type decoder with a language-model, value or scalar head, and a KV cache."""
+"""The transformer: a Qwen3-type decoder, its language-model and scalar heads, its KV cache."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -83,10 +83,14 @@ EMBED_STD = 0.02  # GPT-2's initialisation, Radford et al. (2019)
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, one array a layer; a jit argument and result."""
+    """Keys and values of the tokens so far, one array a layer; a jit argument and result.
 
-    keys: tuple[Float[Array, "B S K H"], ...]
-    values: tuple[Float[Array, "B S K H"], ...]
+    Each is laid out so that attending to it sums over an axis that is not the last: a decode step
+    of 64 rows then takes half the time on CPU that matrix products on [B, S, K, H] take.
+    """
+
+    keys: tuple[Float[Array, "B K H S"], ...]
+    values: tuple[Float[Array, "B K S H"], ...]
 
 
 def hidden_states(
@@ -101,7 +105,7 @@ def hidden_states(
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     mask = causal[None] & (segments[:, :, None] == segments[:, None, :])
-    return _run(model, tokens, jnp.arange(length), mask, None, 0)[0]
+    return _run(model, tokens, jnp.arange(length), mask)[0]
 
 
 def logits(model: Transformer, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
@@ -138,15 +142,13 @@ def prefill(
       valid: False at padding, which nothing attends to.
       capacity: S, the positions the cache has room for.
     """
-    batch, length = tokens.shape
-    empty = jnp.zeros(
-        (batch, capacity, model.config.num_kv_heads, model.config.head_dim), model.compute_dtype
-    )
-    cache = Cache((empty,) * model.config.num_layers, (empty,) * model.config.num_layers)
-    mask = jnp.tril(jnp.ones((length, capacity), bool))[None]
-    mask &= jnp.pad(valid, ((0, 0), (0, capacity - length)))[:, None, :]
-    hidden, cache = _run(model, tokens, jnp.arange(length), mask, cache, 0)
-    return hidden[:, -1], cache
+    length = tokens.shape[1]
+    mask = jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
+    hidden, keys, values = _run(model, tokens, jnp.arange(length), mask)
+    room = ((0, 0), (0, 0), (0, 0), (0, capacity - length))
+    keys = tuple(jnp.pad(k.transpose(0, 2, 3, 1), room) for k in keys)
+    values = tuple(jnp.pad(v.transpose(0, 2, 3, 1), room).swapaxes(2, 3) for v in values)
+    return hidden[:, -1], Cache(keys, values)
 
 
 def decode(
@@ -157,8 +159,9 @@ def decode(
     cache: Cache,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """One more token at position `index` of every row, whose `valid` already includes it."""
-    hidden, cache = _run(model, token[:, None], index[None], valid[:, None, :], cache, index)
-    return hidden[:, 0], cache
+    mask = valid[:, None, :]
+    hidden, keys, values = _run(model, token[:, None], index[None], mask, cache, index)
+    return hidden[:, 0], Cache(keys, values)
 
 
 def cast(model: Transformer) -> Transformer:
@@ -170,60 +173,80 @@ def cast(model: Transformer) -> Transformer:
 def _run(
     model: Transformer,
     tokens: Int[Array, "B T"],
-    positions: Int[Array, "T"],
+    positions: Int[Array, " T"],
     mask: Bool[Array, "#B #T S"],
-    cache: Cache | None,
-    start: int | Int[Array, ""],
-) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """All layers: over the tokens alone, or over the cache with the tokens written at `start`."""
-    dtype = jnp.dtype(model.compute_dtype)
-    x = model.embed_tokens[...].astype(dtype)[tokens]
+    cache: Cache | None = None,
+    index: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...]]:
+    """All layers, and each layer's keys and values: of the tokens, or of the cache with them."""
+    x = model.embed_tokens[...].astype(model.compute_dtype)[tokens]
     rotary = _rotary(positions, model.config)
     keys, values = [], []
     for i, layer in enumerate(model.layers):
-        past = None if cache is None else (cache.keys[i], cache.values[i])
-        out, (k, v) = _attend(layer, x, rotary, mask, past, start, model.config)
-        x = x + out
+        q, k, v = _project(layer, x, rotary, model.config)
+        if cache is None:
+            out = _attend(q, k, v, mask)
+        else:
+            k = jax.lax.dynamic_update_slice_in_dim(
+                cache.keys[i], k.transpose(0, 2, 3, 1), index, axis=3
+            )
+            v = jax.lax.dynamic_update_slice_in_dim(
+                cache.values[i], v.swapaxes(1, 2), index, axis=2
+            )
+            out = _attend_cache(q, k, v, mask)
+        x = x + out @ layer.self_attn.o_proj[...].astype(x.dtype)
         x = x + _mlp(layer, x)
         keys.append(k)
         values.append(v)
-    hidden = rms_norm(x, model.norm[...])
-    return hidden, None if cache is None else Cache(tuple(keys), tuple(values))
+    return rms_norm(x, model.norm[...]), tuple(keys), tuple(values)
+
+
+def _project(
+    layer: Block, x: Float[Array, "B T D"], rotary: tuple[Array, Array], config: ModelConfig
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries, keys and values, normalised and turned."""
+    attn, n, kv = layer.self_attn, config.num_heads, config.num_kv_heads
+    # One product for Q, K and V: three small ones cost a fifth of the step more on CPU.
+    kernels = (attn.q_proj, attn.k_proj, attn.v_proj)
+    kernel = jnp.concatenate([kernel[...].astype(x.dtype) for kernel in kernels], axis=1)
+    qkv = rms_norm(x, layer.input_layernorm[...]) @ kernel
+    qkv = qkv.reshape(*x.shape[:2], n + 2 * kv, config.head_dim)
+    q, k, v = jnp.split(qkv, [n, n + kv], axis=2)
+    q = _rotate(rms_norm(q, attn.q_norm[...]), rotary)
+    return q, _rotate(rms_norm(k, attn.k_norm[...]), rotary), v
 
 
 def _attend(
-    layer: Block,
-    x: Float[Array, "B T D"],
-    rotary: tuple[Array, Array],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Bool[Array, "#B #T S"],
-    past: tuple[Array, Array] | None,
-    start: int | Int[Array, ""],
-    config: ModelConfig,
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-    attn, (batch, length, _) = layer.self_attn, x.shape
-    n, kv, h = config.num_heads, config.num_kv_heads, config.head_dim
-    # One product for Q, K and V: three small ones cost a fifth of the step more on CPU.
-    kernel = jnp.concatenate(
-        [
-            attn.q_proj[...].astype(x.dtype),
-            attn.k_proj[...].astype(x.dtype),
-            attn.v_proj[...].astype(x.dtype),
-        ],
-        axis=1,
-    )
-    qkv = rms_norm(x, layer.input_layernorm[...]) @ kernel
-    q, k, v = jnp.split(qkv.reshape(batch, length, n + 2 * kv, h), [n, n + kv], axis=2)
-    q = _rotate(rms_norm(q, attn.q_norm[...]), rotary)
-    k = _rotate(rms_norm(k, attn.k_norm[...]), rotary)
-    if past is not None:
-        k = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
-        v = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
-    q = q.reshape(batch, length, kv, n // kv, h)
+) -> Float[Array, "B T NH"]:
+    """Softmax attention, each key head serving N / K query heads; the softmax in float32."""
+    batch, length, n, h = q.shape
+    q = q.reshape(batch, length, k.shape[2], -1, h)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * h**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, n * h)
-    return out @ attn.o_proj[...].astype(x.dtype), (k, v)
+    weights = _softmax(scores, mask[:, None, None], h).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, n * h)
+
+
+def _attend_cache(
+    q: Float[Array, "B 1 N H"],
+    keys: Float[Array, "B K H S"],
+    values: Float[Array, "B K S H"],
+    mask: Bool[Array, "B 1 S"],
+) -> Float[Array, "B 1 NH"]:
+    """The same for one query a row, as products summed over the cache's middle axis."""
+    batch, _, n, h = q.shape
+    wide = q.reshape(batch, keys.shape[1], -1, h, 1).astype(jnp.float32)
+    scores = jnp.sum(wide * keys[:, :, None].astype(jnp.float32), axis=3)  # [B, K, G, S]
+    weights = _softmax(scores, mask[:, None], h)
+    out = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=3)
+    return out.reshape(batch, 1, n * h).astype(q.dtype)
+
+
+def _softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."], width: int) -> Array:
+    return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, -1e30), axis=-1)
 
 
 def _mlp(layer: Block, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from minilm import backend, configfile
+from minilm import backend, checkpoint, configfile
+from minilm.choices import choose
 from minilm.config import Config
 from minilm.errors import UserError, nearest
 
@@ -99,15 +100,21 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
     if init is not None:
         _check_same_world(config, init)
         chosen = [s for s in chosen if s.name != "pretrain"]
+        if not chosen:
+            raise UserError("gives the pretrained model: there is nothing to do", where="--init")
     if redo is not None:
+        choose({stage.name: stage for stage in chosen}, redo, "--redo")
         _set_aside(out, redo)
     plan = [(stage, *_fingerprint(stage, config, out, init)) for stage in chosen]
     todo = [stage.name for stage, _, state in plan if state != "done"]
     if not todo:
         console.print(f"nothing changed: {', '.join(s.name for s in chosen)} are done in {out}")
+        if _read_json(out / "summary.json") != _summary(out) or not (out / "report.html").exists():
+            _write_results(out)  # killed before it could
         _print_summary(_summary(out))
         return
-    (out / "config.toml").write_text(configfile.dump(config), encoding="utf-8")
+    _check_ahead(config, out, init, todo)
+    checkpoint.write_atomically(out / "config.toml", configfile.dump(config).encode())
     environment = _environment(config, out, init)
     console.print(f"compute: {environment['compute_dtype']}; {environment['reason']}")
     _print_plan(plan, config, environment)
@@ -119,27 +126,81 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
         made_from, state = _fingerprint(stage, config, out, init)
         if state == "done":
             continue
-        for need in stage.needs:
-            if not (ws.stage(need) / "done.json").exists():
-                raise UserError(
-                    f"{stage.name} needs the result of {need}, which is not there",
-                    where=ws.stage(need),
-                    hint=f"run `minilm {need} CONFIG` first, or `minilm run CONFIG`",
-                )
         write_json(ws.stage(stage.name) / "started.json", made_from)
         console.rule(stage.name)
         start = time.perf_counter()
         try:
             summary = _function(stage.run)(ws)
         except KeyboardInterrupt:
-            console.print(f"page so far: {_function('minilm.report:write')(out)}")
+            console.print(f"page so far: {_write_page(out)}")
             raise
         done = made_from | {"summary": summary, "wall_seconds": time.perf_counter() - start}
         write_json(ws.stage(stage.name) / "done.json", done)
-        write_json(out / "summary.json", _summary(out))
-        page = _function("minilm.report:write")(out)
+        page = _write_results(out)
     _print_summary(_summary(out))
     console.print(f"summary: {out / 'summary.json'}\npage:    {page}")
+
+
+def _check_ahead(config: Config, out: Path, init: Path | None, todo: list[str]) -> None:
+    """What would otherwise be found out after the pretraining."""
+    from minilm.algorithms import ALGORITHMS
+    from minilm.judges import configured
+    from minilm.stages.preferences import from_file
+
+    for stage in (s for s in STAGES if s.name in todo):
+        for need in stage.needs:
+            folder = (init if init and need == "pretrain" else out) / need
+            if need not in todo and not (folder / "done.json").exists():
+                raise UserError(
+                    f"{stage.name} needs the result of {need}, which is not there",
+                    where=folder,
+                    hint=f"run `minilm {need} CONFIG` first, or `minilm run CONFIG`",
+                )
+    labels = "preferences" in todo and not config.preferences.file
+    if "preferences" in todo and config.preferences.file:
+        from_file(Path(config.preferences.file))
+    if "rlhf" in todo:
+        choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
+    if not (labels or "rlhf" in todo):
+        return
+    gold = configured(config)
+    if gold is None and labels:
+        raise UserError(
+            "there is no judge to label pairs",
+            where="judge.name",
+            value="none",
+            hint="name a judge, give your own pairs with --preferences.file FILE.jsonl, "
+            "or stop with --until pretrain",
+        )
+    if config.judge.name == "fables" and config.corpus.kind != "fables":
+        raise UserError(
+            "the judge of fables knows nothing of other text",
+            where="judge.name",
+            allowed='"none" (with preferences.file), "length", "module:function"',
+            hint="or stop with --until pretrain",
+        )
+    try:
+        _ = gold and gold(["Once upon a time"], [" a fox slept."])
+    except Exception as error:  # of the user's function, or its options
+        raise UserError(
+            f"the judge failed: {error!r}", where="judge", value=config.judge.name
+        ) from error
+
+
+def _write_results(out: Path) -> str:
+    """summary.json and the page."""
+    from minilm.stages.workspace import write_json
+
+    write_json(out / "summary.json", _summary(out))
+    return _write_page(out)
+
+
+def _write_page(out: Path) -> str:
+    """Where the page is; one that cannot be made costs no run."""
+    try:
+        return str(_function("minilm.report:write")(out))
+    except Exception as error:
+        return f"not written: {error!r} (`minilm report {out}` tries again)"
 
 
 def rlhf_and_evaluation(ws) -> dict:
@@ -276,9 +337,10 @@ def _set_aside(out: Path, redo: str) -> None:
         number = 1
         while (kept := out / f"{name}.old{number}").exists():
             number += 1
-        folder.rename(kept)
         if name == "pretrain" and (out / "tokenizer.json").exists():
-            (out / "tokenizer.json").rename(kept / "tokenizer.json")
+            # First: left behind by a kill, it would serve the new model.
+            (out / "tokenizer.json").rename(folder / "tokenizer.json")
+        folder.rename(kept)
         console.print(f"kept the old {name} as {kept}")
 
 

@@ -23,7 +23,7 @@ from minilm.text.prompts import prompt_sets
 def preferences(ws: Workspace) -> dict:
     """Writes train.jsonl, held_out.jsonl (split by prompt) and datasheet.json."""
     config = ws.config.preferences
-    pairs = _from_file(Path(config.file)) if config.file else _simulated(ws)
+    pairs = from_file(Path(config.file)) if config.file else _simulated(ws)
     prompts = list(dict.fromkeys(p.prompt for p in pairs))
     if len(prompts) < 2:
         raise UserError(
@@ -100,7 +100,7 @@ def _simulated(ws: Workspace) -> list[Pair]:
     )
 
 
-def _from_file(path: Path) -> list[Pair]:
+def from_file(path: Path) -> list[Pair]:
     return pairs_from(read_jsonl(path), str(path))
 
 

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 
 from minilm.choices import choose
-from minilm.text.fables.teller import Teller
+from minilm.text.fables.teller import Options, Teller, Weights
 from minilm.text.fables.words import FEMALE, OBSTACLES, WARM
 
 OPENINGS = (
@@ -129,11 +129,9 @@ KEEPS = {True: 0.6, False: 0.4}  # probability that a warm (cold) hero keeps the
 FITS = 0.65  # probability that the ending follows
 PROMISE_WORTH = 1.5  # deeds: so the promise decides where kind and unkind deeds balance
 
-Options = tuple[str, ...]
-
 
 @functools.cache
-def _shared(*groups: tuple[float, Options]) -> tuple[Options, tuple[float, ...]]:
+def _shared(*groups: tuple[float, Options]) -> tuple[Options, Weights]:
     """Groups of options as one choice, each group with its share of the probability."""
     options = tuple(option for _, group in groups for option in group)
     return options, tuple(share / len(group) for share, group in groups for _ in group)

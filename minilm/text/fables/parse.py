@@ -1,13 +1,12 @@
 """Reading stories: the grammar replayed against a text by a `Reader`."""
 
 import math
-import os.path
 import string
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, no_type_check
 
 from minilm.text.fables.grammar import story_of
-from minilm.text.fables.teller import Attributes, Teller
+from minilm.text.fables.teller import Attributes, Options, Teller, Weights
 from minilm.text.fables.words import LISTS
 
 _COPIES = string.Formatter()  # parses "gave {helper} the {tool}." into literals and names
@@ -44,8 +43,8 @@ class Choice(NamedTuple):
     """A choice as it was read."""
 
     start: int
-    surfaces: tuple[str, ...]
-    weights: tuple[float, ...] | None
+    surfaces: Options
+    weights: Weights | None
     index: int
 
 
@@ -53,7 +52,7 @@ class Choice(NamedTuple):
 class Reader(Teller):
     """Reads `text`: at each choice one option matches what is left, or the reading stops."""
 
-    def __init__(self, lists: Mapping[str, tuple[str, ...]], text: str):
+    def __init__(self, lists: Mapping[str, Options], text: str):
         super().__init__(lists)
         self.text = text
         self.position = 0
@@ -98,15 +97,16 @@ class Reader(Teller):
 
     def _pick(self, options, surfaces, weights) -> int:
         start = self.position
-        exact = (i for i, surface in enumerate(surfaces) if self._at(surface, start))
-        index = next(exact, None)
-        if index is None:
+        found = (i for i, s in enumerate(surfaces) if self.text.startswith(s, start))
+        ends = (i for i in found if self._ends(surfaces[i], start + len(surfaces[i])))
+        index = next(ends, None)
+        if index is not None:
+            self.position += len(surfaces[index])
+        else:
             walks = [self._walk(option) for option in options]
             best = max(walks, key=lambda walk: (walk.complete, walk.reached, -walk.slips))
             index = walks.index(best)
             self._follow(best)
-        else:
-            self.position += len(surfaces[index])
         self.trace.append(Choice(start, surfaces, weights, index))
         return index
 
@@ -133,21 +133,19 @@ class Reader(Teller):
                     return _Walk(False, position + self._common(word, position), slips)
                 word, slips = other, slips + 1
             position += len(word)
-        # A surface that ends inside a word of the text is not there.
-        inside = fixed[-1].isalpha() and self.text[position : position + 1].isalpha()
-        return _Walk(not inside, position, slips)
+        return _Walk(self._ends(fixed, position), position, slips)
 
-    def _at(self, surface: str, position: int) -> bool:
-        """Whether a surface stands at `position`, and does not end inside a word."""
-        if not self.text.startswith(surface, position):
-            return False
-        end = position + len(surface)
+    def _at(self, word: str, position: int) -> bool:
+        return self.text.startswith(word, position) and self._ends(word, position + len(word))
+
+    def _ends(self, surface: str, end: int) -> bool:
+        """Whether a surface does not end inside a word of the text."""
         return not (surface[-1].isalpha() and self.text[end : end + 1].isalpha())
 
     def _common(self, expected: str, position: int) -> int:
         """Length of the common beginning of `expected` and the text from `position`."""
         seen = self.text[position : position + len(expected)]
-        return len(os.path.commonprefix((expected, seen)))
+        return next((i for i, c in enumerate(seen) if c != expected[i]), len(seen))
 
 
 def parse(text: str, *, size: str = "full") -> Parsed:

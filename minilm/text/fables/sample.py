@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, no_type_check
 
 from minilm.text.fables.grammar import story_of
-from minilm.text.fables.teller import Ambiguous, Attributes, Teller
+from minilm.text.fables.teller import Ambiguous, Attributes, Options, Teller, Weights
 from minilm.text.fables.words import LISTS
 
 
@@ -20,11 +20,7 @@ class Story(NamedTuple):
 class Writer(Teller):
     """Writes a story, each choice made by `decide(number of options, weights or None)`."""
 
-    def __init__(
-        self,
-        lists: Mapping[str, tuple[str, ...]],
-        decide: Callable[[int, tuple[float, ...] | None], int],
-    ):
+    def __init__(self, lists: Mapping[str, Options], decide: Callable[[int, Weights | None], int]):
         super().__init__(lists)
         self.decide = decide
         self.out: list[str] = []
@@ -57,7 +53,7 @@ def generate(seed: int | tuple[int, ...], *, size: str = "full") -> Story:
     # A string is hashed whole (SHA-512), so neighbouring seeds are as good as any.
     dice = random.Random(",".join(map(str, key)))
 
-    def decide(count: int, weights: tuple[float, ...] | None) -> int:
+    def decide(count: int, weights: Weights | None) -> int:
         return dice.choices(range(count), weights)[0] if weights else int(dice.random() * count)
 
     writer = Writer(LISTS, decide)

@@ -23,6 +23,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple, no_type_check
 
+Options = tuple[str, ...]
+Weights = tuple[float, ...]
 _DRAWN = re.compile(r"\{(\w*):([\w/]+)\}")
 
 
@@ -58,12 +60,12 @@ def template(source: str) -> Template:
 
 
 @functools.cache
-def _heads(sources: tuple[str, ...]) -> tuple[str, ...]:
+def _heads(sources: Options) -> Options:
     return tuple(template(source).head for source in sources)
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def check_prefix_free(surfaces: tuple[str, ...]) -> None:
+def check_prefix_free(surfaces: Options) -> None:
     """Raise `Ambiguous` unless no surface is another, or another's beginning up to a word's end.
 
     >>> check_prefix_free(("cat", "catfish", "dog"))
@@ -78,15 +80,15 @@ def check_prefix_free(surfaces: tuple[str, ...]) -> None:
 class Teller(ABC):
     """State of one telling: words kept by name, attributes, choices, log-probability."""
 
-    def __init__(self, lists: Mapping[str, tuple[str, ...]]):
+    def __init__(self, lists: Mapping[str, Options]):
         self.lists = lists
         self.words: dict[str, str] = {}  # name -> the word that a copy must repeat
-        self.kin: dict[str, tuple[str, ...]] = {}  # name -> words that would be a slip there
+        self.kin: dict[str, Options] = {}  # name -> words that would be a slip there
         self.choices: list[int] = []
         self.logprob = 0.0
         self.attributes = Attributes()
 
-    def keep(self, name: str, word: str, kin: tuple[str, ...]) -> None:
+    def keep(self, name: str, word: str, kin: Options) -> None:
         """Keep `word` for copies."""
         self.words[name] = word
         self.kin[name] = kin
@@ -98,21 +100,20 @@ class Teller(ABC):
             self._fixed(told.head)
         self.rest(told)
 
-    def one_of(self, sources: tuple[str, ...]) -> int:
+    def one_of(self, sources: Options) -> int:
         """Tell one of some templates, chosen by its head; which."""
         index, chosen = self.head_of(sources)
         self.rest(chosen)
         return index
 
-    def head_of(
-        self, sources: tuple[str, ...], weights: tuple[float, ...] | None = None
-    ) -> tuple[int, Template]:
+    def head_of(self, sources: Options, weights: Weights | None = None) -> tuple[int, Template]:
         """`one_of` as far as the head, equally likely without weights.
 
         Before `rest`, what the head decides is noted: it holds even where the rest leaves the
         grammar.
         """
-        index, _ = self._choose(_heads(sources), weights)
+        heads = _heads(sources)
+        index = self._choose(heads, tuple([self._filled(head) for head in heads]), weights)
         return index, template(sources[index])
 
     def rest(self, told: Template) -> None:
@@ -120,10 +121,10 @@ class Teller(ABC):
             self._fixed(told.rest)
         for name, words, after in told.slots:
             options = self.lists[words]
-            if name:  # a kept word is not drawn a second time, so a copy says whose it is
-                kept = set(self.words.values())
+            # A kept word is not drawn a second time, so a copy says whose it is.
+            if name and not (kept := set(self.words.values())).isdisjoint(options):
                 options = tuple([word for word in options if word not in kept])
-            _, word = self._choose(options, None)
+            word = options[self._choose(options, options, None)]
             if name:
                 self.keep(name, word, self.lists[words.partition("/")[0]])
             if after:
@@ -132,12 +133,8 @@ class Teller(ABC):
     def _filled(self, fixed: str) -> str:
         return fixed.format_map(self.words) if "{" in fixed else fixed
 
-    def _choose(
-        self, options: tuple[str, ...], weights: tuple[float, ...] | None
-    ) -> tuple[int, str]:
-        """Tell one of `options`, fixed text with copies; its index and its surface."""
-        words = self.words
-        surfaces = tuple([o.format_map(words) if "{" in o else o for o in options])
+    def _choose(self, options: Options, surfaces: Options, weights: Weights | None) -> int:
+        """Tell one of `surfaces`, which are `options` with the copies filled in; which."""
         check_prefix_free(surfaces)
         index = self._pick(options, surfaces, weights)
         self.choices.append(index)
@@ -146,14 +143,12 @@ class Teller(ABC):
         else:
             *_, total = itertools.accumulate(weights)
             self.logprob += math.log(weights[index] / total)
-        return index, surfaces[index]
+        return index
 
     @abstractmethod
     def _fixed(self, fixed: str) -> None:
         """Tell fixed text with copies."""
 
     @abstractmethod
-    def _pick(
-        self, options: tuple[str, ...], surfaces: tuple[str, ...], weights: tuple[float, ...] | None
-    ) -> int:
-        """Tell one of `surfaces`, which are `options` with the copies filled in; its index."""
+    def _pick(self, options: Options, surfaces: Options, weights: Weights | None) -> int:
+        """As `_choose`, but for the books."""

@@ -1,0 +1,68 @@
+"""The benchmarks run, take turns and report what a reader compares."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+FAKE = """
+import json, os, pathlib, sys
+log, dtype = pathlib.Path(sys.argv[1]), sys.argv[3]
+if "onednn" in os.environ["XLA_FLAGS"]:
+    sys.exit("Unknown flag in XLA_FLAGS")
+print(json.dumps({"compile_seconds": 1.5}), flush=True)
+for n, _ in enumerate(sys.stdin):
+    with log.open("a") as file:
+        file.write(dtype + " ")
+    # Twice as slow in the second round, as on a shared machine; bfloat16 always half of float32.
+    seconds = (1 + n) * (1.0 if dtype == "float32" else 0.5)
+    print(json.dumps({"seconds": seconds, "peak_gflops": 10}), flush=True)
+"""
+
+
+@pytest.fixture
+def alternate(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import alternate
+
+    return alternate
+
+
+def test_variants_take_turns_and_one_that_dies_is_said_to_have_died(alternate, tmp_path):
+    script, log = tmp_path / "child.py", tmp_path / "log"
+    script.write_text(FAKE)
+    results = alternate.measure([str(script), str(log)], list(alternate.VARIANTS), 2)
+    assert log.read_text().split() == 2 * ["float32", "bfloat16"]
+    assert results["bfloat16+flags"] is None
+    assert results["float32"]["compile_seconds"] == 1.5
+    assert [t["seconds"] for t in results["bfloat16"]["turns"]] == [0.5, 1.0]
+    assert alternate.speedup(results["bfloat16"], results["float32"]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "positive"),
+    [
+        ("train_step", ["milliseconds", "tokens_per_second", "share_of_peak", "compile_seconds"]),
+        ("generate", ["completions_per_second", "tokens_per_second", "compile_seconds"]),
+    ],
+)
+def test_a_benchmark_prints_a_table_and_a_line_of_json(
+    name: str, positive: list[str], alternate, monkeypatch, capsys
+):
+    path = str(FOLDER / f"{name}.py")
+    config = str(FOLDER.parent / "configs/fables.toml")
+    words = ["--quick", "--variants", "float32", "--config", config]
+    monkeypatch.setattr(sys, "argv", [path, *words])
+    runpy.run_path(path, run_name="__main__")
+    table, _, line = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert "float32" in table
+    result = json.loads(line)
+    row = result["variants"]["float32"]
+    assert all(row[column] > 0 for column in positive)
+    assert row["times_float32"] == 1.0
+    assert result["benchmark"] == name
+    assert result["machine"]["cores"] >= 1
