@@ -176,5 +176,6 @@ def show(title: str, rows: dict[str, dict[str, float] | None], sizes: dict[str, 
     for name, row in rows.items():
         cells = ["did not run here"] if row is None else [f"{row[c]:.4g}" for c in columns]
         table.add_row(name, *cells)
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=110)).print(table)
     print(json.dumps({"benchmark": title, **sizes, "variants": rows, "machine": backend.facts()}))

@@ -31,8 +31,6 @@ def generalized_advantages(
       lam: λ, the weight of later errors.
     Returns:
       (advantages, returns), returns = advantages + values the critic's target; both 0 on padding.
-    Raises:
-      ValueError: gamma or lam outside [0, 1].
     Reference:
       Schulman et al. (2016), High-Dimensional Continuous Control Using Generalized Advantage
       Estimation, arXiv:1506.02438, eq. 16.
@@ -42,9 +40,6 @@ def generalized_advantages(
     >>> advantages.tolist()
     [[0.5, 1.0, 0.0]]
     """
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {number}")
     rewards = jnp.where(mask, rewards.astype(jnp.float32), 0.0)
     values = jnp.where(mask, values.astype(jnp.float32), 0.0)
     # V after the last real token is 0, because padding is.
@@ -63,44 +58,21 @@ def generalized_advantages(
 def leave_one_out(scores: Float[Array, " B"], *, group: int) -> Float32[Array, " B"]:
     """RLOO: each score minus the mean of the others in its group, an unbiased baseline.
 
-    A_i = s_i − Σ_{j≠i} s_j / (G − 1) = (s_i − mean) G / (G − 1). Sums to 0 in each group.
+    A_i = s_i − Σ_{j≠i} s_j / (G − 1) = (s_i − mean(s)) G / (G − 1). Sums to 0 in each group.
 
     Args:
-      scores: one per completion.
-      group: G, completions of a prompt.
+      group: G, completions of a prompt; ValueError unless at least 2 and a divisor of B.
     Returns:
       One advantage per completion, in the unit of the scores.
-    Raises:
-      ValueError: group below 2, or not a divisor of B.
     Reference:
       Ahmadian et al. (2024), Back to Basics, arXiv:2402.14740, after Kool et al. (2019).
 
     >>> leave_one_out(jnp.array([1.0, 3.0, 5.0, 5.0]), group=2).tolist()
     [-2.0, 2.0, 0.0, 0.0]
     """
-    return group_mean(scores, group=group) * (group / (group - 1))
-
-
-def group_mean(scores: Float[Array, " B"], *, group: int) -> Float32[Array, " B"]:
-    """Dr. GRPO: each score minus its group's mean, without dividing by the spread.
-
-    A_i = s_i − mean(s). So a prompt whose completions hardly differ weighs little.
-
-    Args:
-      scores: one per completion.
-      group: completions of a prompt.
-    Returns:
-      One advantage per completion, in the unit of the scores.
-    Raises:
-      ValueError: group below 2, or not a divisor of B.
-    Reference:
-      Liu et al. (2025), Understanding R1-Zero-Like Training, arXiv:2503.20783, section 3.
-
-    >>> group_mean(jnp.array([1.0, 3.0, 5.0, 5.0]), group=2).tolist()
-    [-1.0, 1.0, 0.0, 0.0]
-    """
     groups = _grouped(scores, group)
-    return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(-1)
+    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+    return (centred * (group / (group - 1))).reshape(-1)
 
 
 def group_z_score(scores: Float[Array, " B"], *, group: int) -> Float32[Array, " B"]:
@@ -110,20 +82,18 @@ def group_z_score(scores: Float[Array, " B"], *, group: int) -> Float32[Array, "
     A group of equal scores has advantage 0.
 
     Args:
-      scores: one per completion.
-      group: G, completions of a prompt.
+      group: G, completions of a prompt; ValueError unless at least 2 and a divisor of B.
     Returns:
       One advantage per completion, without unit.
-    Raises:
-      ValueError: group below 2, or not a divisor of B.
     Reference:
       Shao et al. (2024), DeepSeekMath, arXiv:2402.03300, section 4.1.2.
 
     >>> group_z_score(jnp.array([1.0, 2.0, 3.0, 5.0, 5.0, 5.0]), group=3).round(2).tolist()
     [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     """
-    spread = jnp.std(_grouped(scores, group), axis=1, ddof=1, keepdims=True)
-    return (_grouped(group_mean(scores, group=group), group) / (spread + 1e-4)).reshape(-1)
+    groups = _grouped(scores, group)
+    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+    return (centred / (jnp.std(groups, axis=1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
 
 
 def whiten(values: Float[Array, "*batch"], mask: Bool[Array, "*batch"]) -> Float32[Array, "*batch"]:
@@ -131,11 +101,6 @@ def whiten(values: Float[Array, "*batch"], mask: Bool[Array, "*batch"]) -> Float
 
     (v − mean) / √(var + 1e-8), var with N. Elements under the mask do not count and come out as 0.
 
-    Args:
-      values: one per element.
-      mask: True on real elements.
-    Returns:
-      One number per element, without unit.
     Reference:
       Ziegler et al. (2019), arXiv:1909.08593; `whiten` in openai/lm-human-preferences.
 

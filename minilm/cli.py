@@ -1,9 +1,10 @@
 """The command line: a static table, so that help is instant; commands import what they need."""
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,8 +26,12 @@ def main(words: Sequence[str] | None = None) -> int:
             from importlib.metadata import version
 
             print(f"minilm {version('minilm')}")
+        elif words[0] in COMMANDS:
+            COMMANDS[words[0]].run(words[0], words[1:])
         else:
-            _command(words[0]).run(words[0], words[1:])
+            close = nearest(words[0], COMMANDS)
+            hint = f"did you mean '{close}'?" if close else "minilm --help lists them"
+            raise UserError(f"unknown command '{words[0]}'", allowed=COMMANDS, hint=hint)
         sys.stdout.flush()
     except UserError as error:
         print(f"minilm: {error}", file=sys.stderr)
@@ -41,36 +46,31 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(name: str, words: list[str]) -> None:
     parser = _parser(name, "CONFIG", "a TOML file, such as configs/quick.toml")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/ and CONFIG's stem)")
-    parser.add_argument(
-        "--init", type=Path, help="a run whose pretrained model this one starts from"
-    )
-    parser.add_argument("--redo", metavar="STAGE", help="remake this stage and what follows it")
+    add = parser.add_argument
+    add("--out", type=Path, help="run folder (default: runs/ and CONFIG's stem)")
+    add("--init", type=Path, help="a run whose pretrained model this one starts from")
+    add("--redo", metavar="STAGE", help="remake this stage and what follows it")
+    parser.set_defaults(until=None, only=name)
     if name == "run":
-        parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+        add("--until", metavar="STAGE", help="stop after this stage")
+        parser.set_defaults(only=None)
     args, config = _parse_config(parser, words)
     from minilm.run import run
 
-    run(
-        config,
-        args.out or Path("runs") / Path(args.CONFIG).stem,
-        until=args.until if name == "run" else None,
-        redo=args.redo,
-        init=args.init,
-        only=None if name == "run" else name,
-    )
+    out = args.out or Path("runs") / args.CONFIG.stem
+    run(config, out, until=args.until, redo=args.redo, init=args.init, only=args.only)
 
 
 def _generate(name: str, words: list[str]) -> None:
     parser = _parser(name, "PATH", "a run folder, a stage folder or a checkpoint")
     add = parser.add_argument
     add("--prompt", nargs="+", default=[""], metavar="TEXT", help="openings (default: none)")
-    add("--max-new-tokens", type=_positive, default=160, metavar="N", help="default: 160")
-    add("--temperature", type=_non_negative, default=1.0, metavar="X", help="0: the likeliest")
-    add("--top-k", type=_natural, default=0, metavar="N", help="of the N likeliest; 0: of all")
-    add("--top-p", type=_share, default=1.0, metavar="X", help="of the likeliest that share X")
-    add("--seed", type=_natural, default=0, metavar="N", help="default: 0")
-    add("--count", type=_positive, default=1, metavar="N", help="completions a prompt")
+    add("--max-new-tokens", type=_number(int, 1), default=160, metavar="N", help="default: 160")
+    add("--temperature", type=_number(float, 0), default=1.0, metavar="X", help="0: the likeliest")
+    add("--top-k", type=_number(int, 0), default=0, metavar="N", help="the N likeliest; 0: all")
+    add("--top-p", type=_number(float, 0.01, 1), default=1.0, metavar="X", help="the likeliest X")
+    add("--seed", type=_number(int, 0), default=0, metavar="N", help="default: 0")
+    add("--count", type=_number(int, 1), default=1, metavar="N", help="completions a prompt")
     args = parser.parse_args(words)
     from minilm.handle import generate_command
 
@@ -151,14 +151,6 @@ commands:
   minilm COMMAND --help   a command's arguments; of those with a CONFIG, every config key too"""
 
 
-def _command(name: str) -> Command:
-    if name not in COMMANDS:
-        close = nearest(name, COMMANDS)
-        hint = f"did you mean '{close}'?" if close else "minilm --help lists them"
-        raise UserError(f"unknown command '{name}'", allowed=COMMANDS, hint=hint)
-    return COMMANDS[name]
-
-
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong as every other mistake is said."""
 
@@ -168,82 +160,48 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(name: str, positional: str, meaning: str) -> _Parser:
     parser = _Parser(prog=f"minilm {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # for the table of config keys
     parser.add_argument(positional, type=Path, help=meaning)
     return parser
 
 
 def _parse_config(parser: _Parser, words: list[str]) -> tuple[argparse.Namespace, Any]:
     """A command's own options, and the Config that its CONFIG and `--section.key value` make."""
-    from minilm import configfile
+    from minilm.configfile import keys, load
 
-    own: list[str] = []
-    overrides: list[str] = []
-    target = own
-    for word in words:
-        option = word.partition("=")[0]
-        if option.startswith("--") or option == "-h":
-            target = own if option in OWN_OPTIONS else overrides
-            _refuse_misspelt(option, configfile.keys())
-        target.append(word)
-    if {"-h", "--help"} & set(own):
-        usage = parser.format_usage().removeprefix("usage: ").strip()
-        parser.usage = f"{usage} [--KEY VALUE ...]"
-        print(f"{parser.format_help()}\nconfig keys, each an option with its default:")
-        print("\n".join(_key_lines(configfile.keys())))
-        raise SystemExit(0)
-    args = parser.parse_args(own)
-    return args, configfile.load(args.CONFIG, overrides)
+    if {"-h", "--help"} & set(words):
+        parser.epilog = "\n".join(["config keys, each an option with its default:", *_key_lines()])
+    args, overrides = parser.parse_known_args(words)
+    # A near miss of an option of ours would otherwise be called an unknown config key.
+    own = ["--out", "--init", "--redo", "--until"]
+    for word in overrides:
+        close = nearest(word, [*own, *(f"--{key.name}" for key in keys())])
+        if word.startswith("--") and close in own and close != word:
+            raise UserError(f"unknown option '{word}'", hint=f"did you mean '{close}'?")
+    return args, load(args.CONFIG, overrides)
 
 
-OWN_OPTIONS = ("-h", "--help", "--out", "--init", "--redo", "--until")
+def _key_lines() -> Iterator[str]:
+    from minilm.configfile import describe, keys
+
+    before = None
+    for key in keys():
+        section = (key.name.rpartition(".")[0], key.kind)
+        if section != before:
+            yield f"\n  with --{section[0]}.kind {key.kind}:" if key.kind else ""
+            before = section
+        default = str(key.default).lower() if isinstance(key.default, bool | None) else key.default
+        option, default = f"--{key.name.replace('_', '-')}", "required" if key.required else default
+        yield f"  {option:<44} {default!s:<10} {describe(key.schema)}"
 
 
-def _refuse_misspelt(option: str, keys: Iterable[Any]) -> None:
-    """A near miss of an option of ours would otherwise be called an unknown config key."""
-    names = [*OWN_OPTIONS, *(f"--{key.name}" for key in keys)]
-    close = nearest(option.replace("-", "_").replace("__", "--", 1), names)
-    if close in OWN_OPTIONS and close != option:
-        raise UserError(f"unknown option '{option}'", hint=f"did you mean '{close}'?")
+def _number(kind: type, low: float | int, high: float | int = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a number from `low` to `high`."""
 
-
-def _key_lines(keys: Iterable[Any]) -> Iterator[str]:
-    section = None
-    for key in keys:
-        above = (key.name.rpartition(".")[0], key.kind)
-        if above != section:
-            yield f"\n  with --corpus.kind {key.kind}:" if key.kind else ""
-            section = above
-        default = "required" if key.required else _shown(key.default)
-        option = f"--{key.name.replace('_', '-')}"
-        yield f"  {option:<44} {default:<10} {key.allowed}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, list | dict):
-        return " ".join(map(str, value)) or "empty"
-    return str(value)
-
-
-def _type[N: (int, float)](
-    number: Callable[[str], N], allowed: str, fits: Callable[[N], bool]
-) -> Callable[[str], N]:
-    """An argparse type that names what it allows."""
-
-    def parse(word: str) -> N:
-        try:
-            value = number(word)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"'{word}' is not {allowed}")
+    def number(word: str) -> Any:
+        value = kind(word)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"'{word}' is not between {low} and {high}")
         return value
 
-    return parse
-
-
-_positive = _type(int, "a whole number ≥ 1", lambda n: n >= 1)
-_natural = _type(int, "a whole number ≥ 0", lambda n: n >= 0)
-_non_negative = _type(float, "a number ≥ 0", lambda x: 0 <= x < float("inf"))
-_share = _type(float, "a number > 0 and ≤ 1", lambda x: 0 < x <= 1)
+    return number

@@ -1,4 +1,4 @@
-"""A run: stages in order, each done once, resumed where it was interrupted, never silently mixed."""
+"""A run: stages in order, each done once, resumed where interrupted, never silently mixed."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ from rich.table import Table
 from minilm import backend, checkpoint, configfile
 from minilm.choices import choose
 from minilm.config import Config
-from minilm.errors import UserError, nearest
+from minilm.errors import UserError
 
 console = Console(soft_wrap=True)
 
@@ -81,14 +81,9 @@ def run(
       UserError: a finished stage was made from other config or inputs (the keys are named), a
         missing input, an unwritable folder, another process in the folder.
     """
-    for name in (until, redo, only):
-        if name is not None and name not in NAMES:
-            close = nearest(name, NAMES)
-            raise UserError(
-                f"no stage '{name}'",
-                allowed=NAMES,
-                hint=f"did you mean '{close}'?" if close else None,
-            )
+    for option, name in (("--until", until), ("--redo", redo)):
+        if name is not None:
+            choose(dict.fromkeys(NAMES), name, option)
     if init is not None and not (init / "pretrain" / "done.json").exists():
         raise UserError("no finished pretrained model there", where="--init", value=str(init))
     with _locked(out):
@@ -156,35 +151,21 @@ def _check_ahead(config: Config, out: Path, init: Path | None, todo: list[str]) 
                     where=folder,
                     hint=f"run `minilm {need} CONFIG` first, or `minilm run CONFIG`",
                 )
-    labels = "preferences" in todo and not config.preferences.file
-    if "preferences" in todo and config.preferences.file:
-        from_file(Path(config.preferences.file))
     if "rlhf" in todo:
         choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
-    if not (labels or "rlhf" in todo):
-        return
-    gold = configured(config)
-    if gold is None and labels:
-        raise UserError(
-            "there is no judge to label pairs",
-            where="judge.name",
-            value="none",
-            hint="name a judge, give your own pairs with --preferences.file FILE.jsonl, "
-            "or stop with --until pretrain",
-        )
-    if config.judge.name == "fables" and config.corpus.kind != "fables":
-        raise UserError(
-            "the judge of fables knows nothing of other text",
-            where="judge.name",
-            allowed='"none" (with preferences.file), "length", "module:function"',
-            hint="or stop with --until pretrain",
-        )
-    try:
-        _ = gold and gold(["Once upon a time"], [" a fox slept."])
-    except Exception as error:  # of the user's function, or its options
-        raise UserError(
-            f"the judge failed: {error!r}", where="judge", value=config.judge.name
-        ) from error
+    if "preferences" in todo and config.preferences.file:
+        from_file(Path(config.preferences.file))
+    elif "preferences" in todo and config.judge.name == "none":
+        hint = "name a judge, or give your own pairs: --preferences.file FILE.jsonl"
+        raise UserError("there is no judge to label pairs", where="judge.name", hint=hint)
+    if {"preferences", "rlhf"} & set(todo) and (gold := configured(config)):
+        if config.judge.name == "fables" and config.corpus.kind != "fables":
+            hint = 'name "length", your "module:function" or "none", or stop at --until pretrain'
+            raise UserError("knows fables alone", where="judge.name", value="fables", hint=hint)
+        try:
+            gold(["Once upon a time"], [" a fox slept."])
+        except Exception as error:  # of the user's function, or of its options
+            raise UserError(f"the judge failed: {error!r}", where="judge") from error
 
 
 def _write_results(out: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -58,8 +59,8 @@ class Processes:
         """Runs `minilm WORDS`, or the script that the first word names, and waits for its end.
 
         Args:
-          at: (part, n, signal): the process gets `signal` just before its n-th file operation on a
-            path that contains `part`.
+          at: (pattern, n, signal): the process gets `signal` just before its n-th file operation on
+            a path like `pattern`.
           after: seconds after which it is killed.
         """
         request = {"words": [str(word) for word in words], "output": str(self._output)}
@@ -74,8 +75,7 @@ class Processes:
         return self._server.stdout.readline().strip()
 
     def close(self) -> None:
-        self._server.stdin.close()
-        self._server.wait()
+        self._server.__exit__(None, None, None)  # closes the pipes, which ends it, and waits
 
 
 # Programs compiled by one process of a session serve the others, even those that compile fast.
@@ -87,7 +87,8 @@ CACHE = {
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
+    """Where compiled programs are kept; a folder that the user has for them lives longer."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +97,12 @@ def processes(tmp_path_factory, compiled) -> Iterator[Processes]:
     server = Processes(tmp_path_factory.mktemp("processes"), compiled)
     yield server
     server.close()
+
+
+@pytest.fixture
+def tiny_copy(tiny_run, tmp_path) -> Path:
+    """A copy of the run, to be changed."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
@@ -137,12 +144,12 @@ def timeless(value: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def assert_same() -> Callable[[Path, Path], None]:
+def assert_same() -> Callable[..., None]:
     """Asserts that two run folders hold the same figures, curves, files and parameters."""
     from minilm import checkpoint, metrics
 
-    def same(ours: Path, theirs: Path) -> None:
-        for stage in ("pretrain", "preferences", "reward", "rlhf"):
+    def same(ours: Path, theirs: Path, stages=("pretrain", "preferences", "reward", "rlhf")):
+        for stage in stages:
             a, b = ours / stage, theirs / stage
             names = sorted(p.name for p in b.iterdir())
             assert sorted(p.name for p in a.iterdir()) == names
@@ -163,7 +170,7 @@ def assert_same() -> Callable[[Path, Path], None]:
                 else:
                     assert (a / name).read_bytes() == (b / name).read_bytes(), f"{stage}/{name}"
         x, y = (json.loads((f / "summary.json").read_text()) for f in (ours, theirs))
-        for stage in ("pretrain", "preferences", "reward", "rlhf"):
+        for stage in stages:
             assert timeless(x[stage]) == timeless(y[stage])
         assert (ours / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
 

@@ -5,11 +5,12 @@ its process (minus the signal's number if one ended it):
 
   words    the command, as after `minilm`, or a script's path and its arguments
   output   the file that takes what the process prints
-  signal   [PART, N, SIGNAL]: the process sends itself SIGNAL just before the N-th time it opens,
-           makes, renames or removes a path that contains PART; or null
+  signal   [PATTERN, N, SIGNAL]: the process sends itself SIGNAL just before the N-th time it opens,
+           makes, renames or removes a path like PATTERN; or null
   after    seconds after which it is killed, or null
 """
 
+import fnmatch
 import json
 import os
 import runpy
@@ -20,14 +21,14 @@ import traceback
 from collections.abc import Callable
 
 
-def watcher(part: str, times: int, number: int) -> Callable[[str, tuple], None]:
+def watcher(pattern: str, times: int, number: int) -> Callable[[str, tuple], None]:
     """An audit hook: Python calls it before each file operation."""
     left = times
 
     def hook(event: str, args: tuple) -> None:
         nonlocal left
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree"):
-            left -= any(part in str(arg) for arg in args)
+            left -= any(fnmatch.fnmatchcase(str(arg), pattern) for arg in args)
             if left == 0:
                 left = -1
                 os.kill(os.getpid(), number)

@@ -5,13 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm.advantages import (
-    generalized_advantages,
-    group_mean,
-    group_z_score,
-    leave_one_out,
-    whiten,
-)
+from minilm.advantages import generalized_advantages, group_z_score, leave_one_out, whiten
 
 seeds = st.integers(0, 2**32 - 1)
 discounts = st.sampled_from([(1.0, 0.95), (0.9, 0.5), (0.0, 1.0)])
@@ -99,21 +93,12 @@ def test_wider_padding_changes_nothing():
         np.testing.assert_allclose(a, b[:, :WIDTH], atol=1e-6)
 
 
-@pytest.mark.parametrize("option", ["gamma", "lam"])
-@pytest.mark.parametrize("number", [-0.1, 1.1, float("nan")])
-def test_a_discount_outside_zero_to_one_is_refused(option, number):
-    zeros = jnp.zeros((1, 2))
-    with pytest.raises(ValueError, match=rf"{option} must lie in \[0, 1\]"):
-        generalized_advantages(zeros, zeros, zeros == 0, **{option: number})
-
-
 @pytest.mark.parametrize(("group", "prompts"), [(2, 1), (2, 3), (5, 2)])
 @given(seed=seeds)
 def test_group_estimators_against_one_group_at_a_time(group, prompts, seed):
     scores = np.random.default_rng(seed).standard_normal(group * prompts) * 3
     for estimator, expected in (
         (leave_one_out, lambda s: [x - np.mean(np.delete(s, i)) for i, x in enumerate(s)]),
-        (group_mean, lambda s: [x - sum(s) / len(s) for x in s]),
         (group_z_score, lambda s: (s - s.mean()) / (s.std(ddof=1) + 1e-4)),
     ):
         out = estimator(_f32(scores), group=group)
@@ -124,19 +109,19 @@ def test_group_estimators_against_one_group_at_a_time(group, prompts, seed):
         np.testing.assert_allclose(np.reshape(out, (prompts, group)).sum(1), 0.0, atol=1e-4)
 
 
-@pytest.mark.parametrize("estimator", [leave_one_out, group_mean, group_z_score])
+@pytest.mark.parametrize("estimator", [leave_one_out, group_z_score])
 def test_a_group_of_equal_scores_teaches_nothing(estimator):
     np.testing.assert_array_equal(estimator(jnp.full(8, -3.0), group=4), jnp.zeros(8))
 
 
-@pytest.mark.parametrize("estimator", [leave_one_out, group_mean, group_z_score])
+@pytest.mark.parametrize("estimator", [leave_one_out, group_z_score])
 def test_another_prompt_s_scores_do_not_matter(estimator):
     scores = jnp.array([1.0, 2.0, 4.0, 0.0, 0.5, 3.0])
     before, after = (estimator(s, group=3) for s in (scores, scores.at[3:].multiply(1000.0)))
     np.testing.assert_array_equal(before[:3], after[:3])
 
 
-@pytest.mark.parametrize("estimator", [leave_one_out, group_mean, group_z_score])
+@pytest.mark.parametrize("estimator", [leave_one_out, group_z_score])
 @pytest.mark.parametrize("group", [0, 1, 4])
 def test_an_impossible_group_is_refused(estimator, group):
     with pytest.raises(ValueError, match="group must be at least 2 and divide the batch of 6"):
@@ -165,7 +150,7 @@ def test_whitening_nothing_or_equal_values_gives_zeros():
 
 def test_bfloat16_scores_give_float32_advantages():
     scores = jnp.array([1.0, 2.0, 3.0, 5.0], jnp.bfloat16)
-    for estimator in (leave_one_out, group_mean, group_z_score):
+    for estimator in (leave_one_out, group_z_score):
         assert estimator(scores, group=2).dtype == jnp.float32
     assert whiten(scores, scores > 0).dtype == jnp.float32
     table = scores.reshape(2, 2)

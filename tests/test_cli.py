@@ -40,7 +40,7 @@ def python(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_help_imports_nothing_heavy_and_lists_every_command():
-    heavy = "('tyro', 'pydantic', 'rich', 'jax', 'numpy', 'jaxtyping')"
+    heavy = "('pydantic', 'rich', 'jax', 'numpy', 'jaxtyping')"
     code = "import sys; from minilm.cli import main; main(['--help']); "
     code += f"print([name for name in {heavy} if name in sys.modules])"
     *lines, imported = python("-c", code).stdout.splitlines()
@@ -174,11 +174,11 @@ def test_config_prints_toml_that_resolves_to_itself(config: str, tmp_path: Path,
         ("config {config} --model.num-layer 3", ["--model.num-layer: unknown key", "num_layers?"]),
         ("run {config} --untill reward", ["unknown option '--untill'", "did you mean '--until'?"]),
         ("run {config} --out", ["--out", "expected one argument"]),
-        ("pretrain {config} --until reward", ["unrecognized arguments: --until reward"]),
-        ("generate x --top-p 3", ["--top-p", "'3' is not a number > 0 and ≤ 1"]),
-        ("generate x --count 0", ["--count", "'0' is not a whole number ≥ 1"]),
-        ("generate x --temperature nan", ["--temperature", "a number ≥ 0"]),
-        ("generate x --seed x", ["--seed", "'x' is not a whole number ≥ 0"]),
+        ("pretrain {config} --until reward", ["--until: unknown key"]),
+        ("generate x --top-p 3", ["--top-p", "'3' is not between 0.01 and 1"]),
+        ("generate x --count 0", ["--count", "'0' is not between 1 and inf"]),
+        ("generate x --temperature nan", ["--temperature", "'nan' is not between 0 and inf"]),
+        ("generate x --seed x", ["--seed", "invalid number value: 'x'"]),
         ("report", ["required: RUN"]),
     ],
 )

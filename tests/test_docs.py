@@ -25,7 +25,7 @@ def code_of(text: str) -> list[str]:
     lines = [line for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-    return [re.sub(r"\s#.*", "", line) for line in lines] + spans
+    return [re.sub(r"\s+#.*", "", line) for line in lines] + spans
 
 
 def commands(text: str) -> list[str]:

@@ -24,7 +24,11 @@ def tree(**changes) -> dict:
         "embed": np.arange(12, dtype=np.float32).reshape(4, 3),
         "layers": [{"q_proj": np.full((3, 2), i + 1, np.float32)} for i in range(11)],
     }
-    return {"model": arrays | changes, "opt_state": {"mu": np.ones(5, np.float32)}, "step": 7}
+    return {
+        "model": arrays | changes,
+        "opt_state": {"mu": np.ones(5, np.float32)},
+        "step": np.array(7),
+    }
 
 
 def save(folder: Path, state: dict, config: dict | None = None, step: int = 7) -> Path:
@@ -49,8 +53,6 @@ def test_figures_of_an_array_are_those_of_numpy(tmp_path):
     row = description.parameters[0]
     assert (row.key, row.shape, row.dtype, row.size) == ("model.embed", (4, 3), "float32", 12)
     assert row.norm == pytest.approx(sum(i * i for i in range(12)) ** 0.5)
-    assert row.mean == pytest.approx(5.5)
-    assert row.std == pytest.approx((143 / 12) ** 0.5)  # of 0..n-1: (n² - 1) / 12
 
 
 def test_the_model_is_told_from_the_rest(tmp_path):
@@ -63,10 +65,10 @@ def test_the_model_is_told_from_the_rest(tmp_path):
     ]
     assert description.parameters[-1].key == "model.layers.10.q_proj"
     assert [row.key for row in description.others] == ["opt_state.mu", "step"]
-    assert description.total == 12 + 11 * 6
-    assert (description.step, description.path) == (7, path)
-    assert description.metrics == {"loss": 0.25}
-    assert description.facts["stage"] == "pretrain"
+    assert sum(row.size for row in description.parameters) == 12 + 11 * 6
+    assert description.path == path
+    facts = {"step": 7, "metrics": {"loss": 0.25}, "stage": "pretrain"}
+    assert facts.items() <= description.metadata.items()
 
 
 def test_the_tokenizer_is_told_from_its_file(tmp_path):
@@ -85,12 +87,12 @@ def test_a_run_folder_will_do(tmp_path):
 
 def test_the_page_shows_the_tree_with_shapes_norms_and_shares(tmp_path):
     page = text(render(describe(save(tmp_path / "checkpoints", tree()))))
-    assert "78 parameters" in page
+    assert ["parameters", "78"] in [line.split() for line in page.splitlines()]
     assert "loss=0.25" in page
     assert "num_layers=11" in page
     assert "vocab=3" in page
     (embed,) = [line.split() for line in page.splitlines() if line.split()[:1] == ["embed"]]
-    assert embed == ["embed", "4x3", "float32", "22.5", "5.5", "3.45", "15.4%"]
+    assert embed == ["embed", "4x3", "float32", "22.49", "15.4%"]
     (layers,) = [line.split() for line in page.splitlines() if line.split()[:1] == ["layers"]]
     assert layers == ["layers", "84.6%"]
     assert "2 arrays of optimizer and counters, 6 numbers" in page
@@ -114,16 +116,7 @@ def test_what_is_not_finite_is_called_out(tmp_path, value):
 def test_a_checkpoint_without_config_tokenizer_or_model_can_be_read(tmp_path):
     path = checkpoint.save(tmp_path, 1, {"w": np.ones(3)}, {}, keep=1)
     page = text(render(describe(path), optimizer=True))
-    assert "0 parameters" in page
     assert "w" in page
-
-
-def test_a_file_that_is_no_tokenizer_is_a_users_error(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("[1]")
-    files = {"tokenizer.json": tmp_path / "tokenizer.json"}
-    path = checkpoint.save(tmp_path / "c", 1, {"w": np.ones(3)}, {}, keep=1, files=files)
-    with pytest.raises(UserError, match="not a tokenizer"):
-        describe(path)
 
 
 def test_a_difference_names_what_changed_and_by_how_much(tmp_path):
@@ -141,7 +134,7 @@ def test_a_difference_names_what_changed_and_by_how_much(tmp_path):
     ((key, relative),) = difference.changed
     assert (key, relative) == ("model.embed", pytest.approx(0.5))
     assert difference.equal == 11 + 2
-    assert difference.config == (("seed", 0, 1), ("extra", None, True))
+    assert difference.config == (("extra", None, True), ("seed", 0, 1))
     page = text(render_diff(difference))
     assert "only in a: model.head" in page
     assert "only in b: model.score" in page

@@ -32,16 +32,10 @@ def next_token_cross_entropy(
 def token_logprobs(
     logits: Float[Array, "*batch V"], tokens: Int[Array, "*batch"]
 ) -> Float32[Array, "*batch"]:
-    """Log-probability of each token: minus its cross-entropy.
+    """Log-probability of each token, in nats: minus its cross-entropy.
 
-    log p(y) = x_y − log Σ_v exp(x_v). Where tokens were sampled at a temperature, pass the logits
-    divided by it, in the rollout and in the update alike, or their ratio is not 1.
-
-    Args:
-      logits: unnormalised log-probabilities.
-      tokens: the tokens to score, in [0, V).
-    Returns:
-      Nats per position, at most 0.
+    Where tokens were sampled at a temperature, pass the logits divided by it, in the rollout and in
+    the update alike, or their ratio is not 1.
 
     >>> print(token_logprobs(jnp.zeros((1, 4)), jnp.array([2])).round(4))
     [-1.3863]
@@ -79,8 +73,7 @@ def kl_divergence(
     completions with less variance than any made of the sampled tokens' log-probabilities.
 
     Args:
-      logits: the policy's finite unnormalised log-probabilities.
-      ref_logits: the reference's; gradients pass to both.
+      logits, ref_logits: finite unnormalised log-probabilities; gradients pass to both.
     Returns:
       Nats per position, at least 0 up to rounding.
     Reference:
@@ -92,22 +85,3 @@ def kl_divergence(
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
     ref_logprobs = jax.nn.log_softmax(ref_logits.astype(jnp.float32))
     return jnp.sum(jnp.exp(logprobs) * (logprobs - ref_logprobs), axis=-1)
-
-
-def z_loss(logits: Float[Array, "*batch V"]) -> Float32[Array, "*batch"]:
-    """Z-loss: pays for a normaliser away from 1, so that logits do not drift.
-
-    L(x) = (log Σ_v exp(x_v))². Cross-entropy does not see a constant added to all logits; in
-    bfloat16 such a drift costs precision. The usual weight is 1e-4.
-
-    Args:
-      logits: unnormalised log-probabilities.
-    Returns:
-      Squared nats per position.
-    Reference:
-      Chowdhery et al. (2022), PaLM, arXiv:2204.02311, section 5.
-
-    >>> z_loss(jnp.array([[0.0], [3.0]])).tolist()
-    [0.0, 9.0]
-    """
-    return jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2

@@ -22,8 +22,6 @@ def bradley_terry(
       label: share of the votes that went to `chosen`, in [0, 1].
     Returns:
       Nats per pair.
-    Raises:
-      ValueError: a Python `label` outside [0, 1].
     Reference:
       Bradley and Terry (1952), Rank Analysis of Incomplete Block Designs, Biometrika 39; as a
       reward model's loss in Ouyang et al. (2022), arXiv:2203.02155, eq. 1.
@@ -31,7 +29,5 @@ def bradley_terry(
     >>> print(bradley_terry(jnp.array([0.0, 1e4]), jnp.array([0.0, 0.0])).round(4))
     [0.6931 0.    ]
     """
-    if isinstance(label, float) and not 0 <= label <= 1:
-        raise ValueError(f"label must lie in [0, 1], got {label}")
     margins = chosen.astype(jnp.float32) - rejected.astype(jnp.float32)
     return optax.sigmoid_binary_cross_entropy(margins, jnp.asarray(label, jnp.float32))

@@ -38,13 +38,7 @@ def mean(
     """Sum of `values` by `weights`, and the sum of the weights, both in float32.
 
     An element of weight 0 does not count, whatever it holds: an infinity computed on padding
-    does not reach the total.
-
-    Args:
-      values: one loss or metric per element.
-      weights: a float weight or a boolean mask per element, not negative.
-    Returns:
-      The pair; `.value` is the weighted mean.
+    does not reach the total. `weights` may be a boolean mask.
 
     >>> mean(jnp.array([1.0, 3.0, jnp.inf]), jnp.array([1.0, 1.0, 0.0])).value.tolist()
     2.0

@@ -68,12 +68,7 @@ def _simulated(ws: Workspace) -> list[Pair]:
     config, tokenizer = ws.config.preferences, ws.tokenizer
     gold = configured(ws.config)
     if gold is None:
-        raise UserError(
-            "there is no judge to label pairs",
-            where="judge.name",
-            value=ws.config.judge.name,
-            hint="name a judge, or give your own pairs with --preferences.file FILE.jsonl",
-        )
+        raise UserError("there is no judge to label pairs", where="judge.name", value="none")
     prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).preferences
     repeated = [p for p in prompts for _ in range(config.completions)]
     _, samples = sample(

@@ -99,6 +99,13 @@ def make_step(
     pad_id: int,
 ):
     """(state, k) -> (state, metrics): one rollout and its updates, a function of (key, k) alone."""
+    if config.group_size < 2 and not algorithm.critic:
+        raise UserError(
+            "a completion is compared with others of its prompt",
+            where="rlhf.group_size",
+            value=config.group_size,
+            allowed="at least 2, or 1 with ppo",
+        )
     size = config.prompts_per_step * config.group_size
     if size % (config.minibatches * config.accumulation):
         raise UserError(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minilm.losses import LOSSES, mean
+from minilm.losses import LOSSES
+from minilm.losses.reduce import mean
 
 BATCH, SIZES = (4, 6), {"V": 7}
 

@@ -167,13 +167,6 @@ def test_clip_fraction_counts_ratios_beyond_the_clip_on_either_side():
     np.testing.assert_array_equal(out, jnp.array([1.0, 0.0, 0.0, 0.0, 1.0]))
 
 
-@pytest.mark.parametrize("clip", [0.0, -0.2, float("nan")])
-@pytest.mark.parametrize("loss", [clipped_surrogate, clipped_value_loss])
-def test_a_clip_that_is_not_positive_is_refused(loss, clip):
-    with pytest.raises(ValueError, match="clip must be above 0"):
-        loss(jnp.zeros(2), jnp.zeros(2), jnp.zeros(2), clip=clip)
-
-
 def test_an_unknown_estimator_is_refused():
     # Without the tests' import hook, which would object to the literal first.
     with pytest.raises(ValueError, match="must be one of 'k1', 'k2', 'k3', got 'k4'"):

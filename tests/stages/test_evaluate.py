@@ -107,8 +107,9 @@ def test_samples_come_in_the_order_of_the_prompts_whatever_the_last_batch_holds(
         assert row.tolist() == [TOKENIZER.pad_id] * (5 - len(ids)) + ids
     for number, part in enumerate([[0, 1], [2, 3], [4, 4]]):
         alone = generate(
-            MODEL, jnp.asarray(rows[part]), jax.random.fold_in(key, number), max_new_tokens=6
-        )
+            MODEL, jnp.asarray(rows[part]), jax.random.fold_in(key, number), max_new_tokens=6,
+            temperature=1.0, eos_id=TOKENIZER.eos_id, pad_id=TOKENIZER.pad_id,
+        )  # fmt: skip
         np.testing.assert_array_equal(samples.tokens[part[0]], alone.tokens[0])
         np.testing.assert_allclose(samples.logprobs[part[0]], alone.logprobs[0], atol=1e-6)
 
@@ -121,7 +122,7 @@ def test_texts_are_the_completions_own_tokens():
 
 
 def test_parse_report_counts_stories_and_each_way_to_fail():
-    good = [d.text for d in stories("small", 0, 3)]
+    good = [d.text for d in stories(0, 3, size="small")]
     cut = good[0][: len(good[0]) // 2]
     report = e.parse_report([*good, cut, "walrus"], "small")
     assert report["parse_share"] == pytest.approx(3 / 5)

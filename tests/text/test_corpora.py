@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -208,7 +207,7 @@ def local_hub(tmp_path) -> str:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_hub_reads_a_split_and_a_column(local_hub, streaming, monkeypatch, tmp_path):
+def test_hub_reads_a_split_and_a_column(local_hub, streaming):
     corpus = HubCorpus(name=local_hub, column="body", streaming=streaming, max_documents=3)
     assert [d.text for d in corpora.hub(corpus, 0)] == ["b0", "b1", "b2"]
     corpus = HubCorpus(name=local_hub, split="test", streaming=streaming)
@@ -228,11 +227,9 @@ def test_hub_names_what_a_data_set_lacks(local_hub, changes, says):
         list(corpora.hub(HubCorpus(name=local_hub, **changes), 0))
 
 
-def test_an_offline_hub_names_the_alternatives_at_once():
-    start = time.monotonic()
+def test_an_offline_hub_names_the_alternatives():
     with pytest.raises(UserError) as caught:
         list(corpora.hub(HubCorpus(name="nobody/nothing"), 0))
-    assert time.monotonic() - start < 10
     for word in ("nobody/nothing", "fables", "text", "pydoc"):
         assert word in str(caught.value)
 
@@ -241,6 +238,7 @@ def test_a_hub_out_of_reach_is_noticed_without_the_library_retrying(monkeypatch)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(corpora, "_documents", None)  # would fail if called
     with pytest.raises(UserError, match=r"out of reach(.|\n)*fables(.|\n)*HF_HUB_OFFLINE"):
         list(corpora.hub(HubCorpus(name="nobody/nothing"), 0))
 
@@ -317,7 +315,3 @@ def test_one_long_text_is_cut_where_its_last_share_begins(monkeypatch):
     assert (head.id, tail.id) == ("0[:95]", "0[95:]")
     assert head.logprob is None  # of the whole text, not of a part
     assert tail.logprob is None
-
-
-def test_no_row_of_any_registered_corpus_needs_a_network():
-    assert set(corpora.CORPORA) == {"fables", "text", "hub", "pydoc"}

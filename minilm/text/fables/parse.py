@@ -96,19 +96,20 @@ class Reader(Teller):
             self._follow(self._walk(fixed))
 
     def _pick(self, options, surfaces, weights) -> int:
-        start = self.position
-        found = (i for i, s in enumerate(surfaces) if self.text.startswith(s, start))
-        ends = (i for i in found if self._ends(surfaces[i], start + len(surfaces[i])))
-        index = next(ends, None)
-        if index is not None:
-            self.position += len(surfaces[index])
-        else:
+        text, start = self.text, self.position
+        chosen = -1
+        for index, surface in enumerate(surfaces):
+            end = start + len(surface)
+            if text.startswith(surface, start) and self._ends(surface, end):
+                chosen, self.position = index, end
+                break
+        if chosen < 0:
             walks = [self._walk(option) for option in options]
             best = max(walks, key=lambda walk: (walk.complete, walk.reached, -walk.slips))
-            index = walks.index(best)
+            chosen = walks.index(best)
             self._follow(best)
-        self.trace.append(Choice(start, surfaces, weights, index))
-        return index
+        self.trace.append(Choice(start, surfaces, weights, chosen))
+        return chosen
 
     def _follow(self, walk: _Walk) -> None:
         self.position = walk.reached

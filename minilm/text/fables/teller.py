@@ -89,7 +89,6 @@ class Teller(ABC):
         self.attributes = Attributes()
 
     def keep(self, name: str, word: str, kin: Options) -> None:
-        """Keep `word` for copies."""
         self.words[name] = word
         self.kin[name] = kin
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minilm.text.fables import SIZES, Attributes, generate, gold, stories
-from minilm.text.fables.datasheet import statistics
+from minilm.text.fables.__main__ import statistics
 from minilm.text.fables.gold import EXPECTED_CHARACTERS, score
 
 

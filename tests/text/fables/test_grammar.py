@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from minilm.text.fables import SIZES, Attributes, parse, stories
-from minilm.text.fables.datasheet import vocabulary
+from minilm.text.fables.__main__ import vocabulary
 from minilm.text.fables.words import FEMALE, LISTS
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from minilm.text.fables.sample import Writer
-from minilm.text.fables.teller import Ambiguous, Teller, check_prefix_free, cumulative, template
+from minilm.text.fables.teller import Ambiguous, Teller, check_prefix_free, template
 
 
 def first(count, weights):
@@ -46,7 +46,7 @@ def test_overlapping_templates_are_refused_when_drawing_too():
 
 
 def test_a_template_that_begins_with_a_drawn_slot_cannot_compete():
-    with pytest.raises(Ambiguous, match="empty surface"):
+    with pytest.raises(Ambiguous, match="'' begins"):
         told(lambda t: t.one_of(("{:things} fell.", "It rained.")), {"things": ("Rocks",)})
 
 
@@ -57,11 +57,6 @@ def test_two_copies_of_one_word_cannot_compete():
 
     with pytest.raises(Ambiguous):
         told(tell, {"names": ("Ann", "Bob")})
-
-
-def test_a_slot_is_drawn_once():
-    with pytest.raises(Ambiguous, match="'hero' already holds 'Ann'"):
-        told(lambda t: t.tell("{hero:names} {hero:names}"), {"names": ("Ann", "Bob")})
 
 
 def test_text_that_continues_a_chosen_word_is_refused():
@@ -76,23 +71,18 @@ def test_a_kept_word_is_not_drawn_again(pick):
         {"names": ("Ann", "Bob")},
         lambda count, weights: min(pick, count - 1),
     )
-    assert writer.text() in ("Ann met Bob.", "Bob met Ann.")
+    assert writer.story().text in ("Ann met Bob.", "Bob met Ann.")
 
 
 def test_a_part_of_a_list_has_the_whole_for_slips():
     writer = told(
         lambda t: t.tell("{tool:tools/1}"), {"tools": ("axe", "rope"), "tools/1": ("rope",)}
     )
-    assert writer.text() == "rope"
+    assert writer.story().text == "rope"
     assert writer.kin["tool"] == ("axe", "rope")
-
-
-def test_weights_are_positive():
-    with pytest.raises(ValueError, match="positive"):
-        cumulative((0.5, 0.0))
 
 
 def test_the_bar_ends_the_head():
     assert template("lost| the {tool}.").head == "lost"
     assert template("lost| the {tool}.").rest == " the {tool}."
-    assert told(lambda t: t.tell("lost| it.")).text() == "lost it."
+    assert told(lambda t: t.tell("lost| it.")).story().text == "lost it."

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from minilm.text.fables import generate, stories
-from minilm.text.fables.__main__ import main
-from minilm.text.fables.datasheet import statistics, vocabulary
+from minilm.text.fables.__main__ import main, statistics, vocabulary
 
 SAMPLE = Path(__file__).parents[3] / "data" / "fables.jsonl"
 
@@ -24,11 +23,6 @@ def test_statistics_of_two_stories():
     assert found["words"] == (len(one.text.split()) + len(two.text.split())) / 2
 
 
-def test_statistics_need_two_stories():
-    with pytest.raises(ValueError, match="at least 2"):
-        statistics([generate(1)])
-
-
 def test_vocabulary_is_words_only():
     words = vocabulary([generate(seed) for seed in range(50)])
     assert all(word.isalpha() for word in words)
@@ -38,6 +32,11 @@ def test_the_command_writes_stories(capsys):
     main(["--stories", "3", "--seed", "4", "--size", "small"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == [s.text for s in stories(4, 3, size="small")]
+
+
+def test_the_command_writes_the_committed_sample(capsys):
+    main(["--stories", "20"])
+    assert capsys.readouterr().out.splitlines() == SAMPLE.read_text("utf-8").splitlines()[:20]
 
 
 def test_the_command_prints_statistics(capsys):

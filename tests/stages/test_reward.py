@@ -1,0 +1,205 @@
+"""The reward model's batches, its report card by hand, and scores that no batch moves."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from minilm.config import Config, ModelConfig, TokenizerConfig
+from minilm.errors import UserError
+from minilm.model import Transformer
+from minilm.rewards import Normalization
+from minilm.stages import reward as r
+from minilm.stages.workspace import Workspace, write_json
+from minilm.text.preferences import Pair
+from minilm.text.tokenizer import train_tokenizer
+
+TINY = ModelConfig(
+    num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16
+)  # fmt: skip
+TOKENIZER = train_tokenizer(TokenizerConfig(kind="characters"), ["abcdefgh "])
+
+
+def random_model() -> Transformer:
+    shape = jax.eval_shape(
+        lambda: Transformer(TINY, TOKENIZER.vocab_size, scalar_head=True, rngs=nnx.Rngs(0))
+    )
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape).astype(x.dtype)), shape)
+
+
+MODEL = random_model()
+PAIRS = [
+    Pair("ab", "c", "de", 4, 5),
+    Pair("ab", "fgh", "c", 3, 5),
+    Pair("ab", "fgh", "de", 5, 5),
+    Pair("h", "a", "bb bb", 1, 2),
+    Pair("cc c", "a", "b", 2, 3),
+    Pair("cc c", "b", "efgefg", 3, 3),
+]
+
+
+def score(prompts, completions, **options) -> np.ndarray:
+    options = {"max_tokens": 48, "batch_size": 4} | options
+    return r.score_texts(MODEL, TOKENIZER, prompts, completions, **options)
+
+
+def pair_losses(pairs) -> np.ndarray:
+    """−y log σ(Δ) − (1 − y) log σ(−Δ), each completion scored in a call of its own."""
+    gaps = np.concatenate([score([p.prompt] * 2, [p.chosen, p.rejected]) for p in pairs])
+    gaps = gaps.astype(np.float64).reshape(-1, 2) @ [1, -1]
+    share = np.array([p.votes_chosen / p.votes for p in pairs])
+    return share * np.log1p(np.exp(-gaps)) + (1 - share) * np.log1p(np.exp(gaps))
+
+
+def test_groups_pay_what_pairs_pay_one_by_one():
+    """Each completion is scored once and serves all its pairs; absent pairs weigh nothing."""
+    groups = r._groups(PAIRS, TOKENIZER, max_tokens=32)
+    assert [len(g.rows) for g in groups] == [3, 2, 3]
+    assert [len(g.pairs) for g in groups] == [3, 1, 2]
+    shape = r._shape(groups)
+    loss = jax.jit(lambda m, b: (r.PREFERENCE.totals(r.forward(m, b), b), r.PREFERENCE.counts(b)))
+    found = [loss(MODEL, r._batch(groups[i : i + 2], 2, shape)) for i in (0, 2)]  # 2 and 1 groups
+    total = sum(float(totals["bradley_terry"]) for totals, _ in found)
+    assert sum(float(counts["bradley_terry"]) for _, counts in found) == len(PAIRS)
+    assert total == pytest.approx(pair_losses(PAIRS).sum(), rel=1e-5)
+    right = sum(float(totals["accuracy"]) for totals, _ in found)
+    gaps = score([p.prompt for p in PAIRS], [p.chosen for p in PAIRS]) - score(
+        [p.prompt for p in PAIRS], [p.rejected for p in PAIRS]
+    )
+    majority = np.array([2 * p.votes_chosen > p.votes for p in PAIRS])
+    assert right == np.sum((gaps > 0) == majority)
+
+
+def test_a_prompt_with_many_completions_falls_apart_into_pairs(monkeypatch):
+    monkeypatch.setattr(r, "MAX_GROUP", 2)
+    groups = r._groups(PAIRS, TOKENIZER, max_tokens=32)
+    assert [len(g.pairs) for g in groups] == [1] * 6
+    labels = [share for g in groups for *_, share in g.pairs]
+    assert labels == [p.votes_chosen / p.votes for p in PAIRS]
+
+
+def test_long_groups_are_left_out_and_nothing_left_is_an_error():
+    kept = r._groups(PAIRS, TOKENIZER, max_tokens=8)
+    assert sum(len(g.pairs) for g in kept) == 4  # "cc c" with "efgefg" has 12 tokens
+    with pytest.raises(UserError, match="all 3 groups of pairs are longer") as caught:
+        r._groups(PAIRS, TOKENIZER, max_tokens=4)
+    assert caught.value.where == "reward.max_tokens"
+
+
+def test_scores_do_not_depend_on_the_batch():
+    """gpt-neox#1285: the same text scored otherwise in other company."""
+    prompts, texts = ["ab", "", "cc c", "h", "a"], ["c", "abcdefgh" * 4, "", "bb", "a"]
+    together = score(prompts, texts)
+    alone = np.concatenate([score([p], [t]) for p, t in zip(prompts, texts, strict=True)])
+    np.testing.assert_allclose(together, alone, atol=3e-5)
+    np.testing.assert_allclose(score(prompts[::-1], texts[::-1]), together[::-1], atol=3e-5)
+
+
+def test_a_text_is_read_at_its_end_of_text_even_where_it_was_cut():
+    ids = r.encode(TOKENIZER, "ab", "c")
+    assert ids == [1, *TOKENIZER.encode("abc"), 1]
+    long = score(["ab"], ["c" * 60], max_tokens=16)
+    fits = score(["ab"], ["c" * 12], max_tokens=16)  # 1 + 2 + 12 + 1
+    np.testing.assert_allclose(long, fits, atol=1e-6)
+
+
+@pytest.fixture
+def ws(tmp_path) -> Workspace:
+    ws = Workspace(Config(), tmp_path, None, "float32")
+    TOKENIZER.save(ws.tokenizer_file)
+    return ws
+
+
+def report_on(pairs, scores: dict[str, float], ws, monkeypatch):
+    """`evaluate` where a completion's score is looked up."""
+    monkeypatch.setattr(
+        r, "score_texts", lambda m, t, prompts, texts, n: np.array([scores[x] for x in texts])
+    )
+    return r.evaluate(MODEL, pairs, ws)
+
+
+def test_the_report_card_by_hand(ws, monkeypatch):
+    """Accuracy and log-loss are expectations over the label, since its probability is known."""
+    gold = {"a": 1.0, "b": 0.0, "c": -2.0}
+    pairs = [
+        Pair("p", x, y, 1, 1, gold[x], gold[y]) for x, y in (("a", "b"), ("c", "a"), ("b", "c"))
+    ]
+    scores = {"a": 0.5, "b": 1.0, "c": -1.0}  # orders a and b wrongly
+    report, normalization = report_on(pairs, scores, ws, monkeypatch)
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    p = [sigmoid(1), sigmoid(-3), sigmoid(2)]  # that the chosen one is preferred
+    right = [1 - p[0], 1 - p[1], p[2]]
+    gaps = [-0.5, -1.5, 2.0]
+    losses = [
+        -q * math.log(sigmoid(g)) - (1 - q) * math.log(sigmoid(-g))
+        for q, g in zip(p, gaps, strict=True)
+    ]
+    assert report["accuracy"] == pytest.approx(np.mean(right))
+    assert report["log_loss"] == pytest.approx(np.mean(losses))
+    assert report["gold_correlation"] == pytest.approx(0.5)  # ranks 3 2 1 against 2 3 1
+    # Both ways round: predictions σ(±0.5), σ(±1.5), σ(±2); every one in a bin of its own.
+    gap = [abs(sigmoid(g) - q) for g, q in zip(gaps, p, strict=True)]
+    assert report["ece"] == pytest.approx(np.mean(gap))
+    assert sum(n for *_, n in report["reliability"]) == 6
+    assert normalization == pytest.approx((np.mean([0.5, 1, -1]), np.std([0.5, 1, -1])))
+
+
+def test_ties_count_half_and_votes_stand_in_for_gold(ws, monkeypatch):
+    pairs = [Pair("p", "a", "b", 3, 4), Pair("q", "a", "b", 4, 4)]
+    report, _ = report_on(pairs, {"a": 1.0, "b": 1.0}, ws, monkeypatch)
+    assert report["accuracy"] == 0.5
+    assert report["log_loss"] == pytest.approx(math.log(2))
+    assert report["gold_correlation"] is None
+
+
+def test_the_interval_draws_whole_prompts(ws, monkeypatch):
+    """Pairs of one prompt agree: as if they were independent, the interval would be too narrow.
+
+    Ten prompts of 20 equal pairs: the standard error is that of ten numbers, not of 200.
+    """
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0, 1, 10)
+    clusters = [f"prompt {i}" for i in range(10) for _ in range(20)]
+    low, high = r._cluster_interval(np.repeat(values, 20), clusters)
+    expected = 1.96 * values.std() / np.sqrt(10)
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
+    assert low < values.mean() < high
+
+
+def test_reliability_by_hand():
+    predicted = np.array([0.05, 0.07, 0.55, 1.0])
+    observed = np.array([0.0, 1.0, 0.5, 1.0])
+    expected = [(0.06, 0.5, 2), (0.55, 0.5, 1), (1.0, 1.0, 1)]
+    for found, row in zip(r.reliability(predicted, observed), expected, strict=True):
+        assert found == pytest.approx(row)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1, 2, 3], [10, 20, 90], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 1 - 6 * 4 / (5 * 24)),  # 1 − 6 Σd² / (n (n² − 1))
+        ([1, 1, 2, 3], [1, 2, 3, 4], 4.5 / math.sqrt(4.5 * 5)),  # mid-ranks 1.5 1.5 3 4
+        ([1, 1, 1], [1, 2, 3], 0.0),
+    ],
+)
+def test_spearman_by_hand(a, b, expected):
+    assert r.spearman(np.array(a), np.array(b)) == pytest.approx(expected)
+
+
+def test_the_normalisation_is_read_back_and_its_absence_is_said(ws):
+    with pytest.raises(UserError, match="no normalisation of the reward"):
+        r.load_normalization(ws)
+    write_json(ws.stage("reward") / "evaluation.json", {"normalization": {"mean": 1.5, "std": 2.0}})
+    assert r.load_normalization(ws) == Normalization(1.5, 2.0)
+    write_json(ws.stage("reward") / "evaluation.json", {"normalization": {"mean": 1.5}})
+    with pytest.raises(UserError, match="no normalisation of the reward"):
+        r.load_normalization(ws)

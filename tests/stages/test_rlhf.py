@@ -1,0 +1,157 @@
+"""One RLHF step: the first ratio, what moves and what is frozen, and who is asked when."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from minilm.algorithms import ALGORITHMS, PolicyBatch
+from minilm.checkpoint import flatten
+from minilm.config import ModelConfig, OptimizerConfig, RLHFConfig, TokenizerConfig
+from minilm.errors import UserError
+from minilm.model import Transformer
+from minilm.optim import make_optimizer
+from minilm.rewards import Normalization
+from minilm.stages import rlhf as s
+from minilm.text.tokenizer import train_tokenizer
+from minilm.train import init_state
+
+VOCAB, PAD, EOS = 9, 0, 1
+TINY = ModelConfig(
+    num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24
+)  # fmt: skip
+PROMPTS = np.array(
+    [[0, 1, 5, 3], [0, 0, 1, 4], [1, 8, 2, 6], [0, 0, 0, 1], [0, 1, 7, 7]], np.int32
+)  # fmt: skip
+PLAIN = OptimizerConfig(learning_rate=3e-3, schedule="constant", weight_decay=0.0)
+# Two passes in two halves: four updates a step, of which the first must find a ratio of 1.
+CONFIG = RLHFConfig(
+    prompts_per_step=4, group_size=4, epochs=2, minibatches=2, kl_coef=0.02, optimizer=PLAIN
+)  # fmt: skip
+TEMPERATURES = {"rloo": 1.0, "grpo": 0.7, "ppo": 1.0}
+
+
+def random_model(seed: int, *, scalar_head: bool = False, scale: float = 0.3) -> Transformer:
+    shape = jax.eval_shape(
+        lambda: Transformer(TINY, VOCAB, scalar_head=scalar_head, rngs=nnx.Rngs(0))
+    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, scale, x.shape).astype(x.dtype)), shape)
+
+
+def arrays(model) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x) for name, x in flatten(model).items()}
+
+
+def make(name: str, config: RLHFConfig = CONFIG):
+    """A state whose policy is the reference, a step, and the frozen models."""
+    algorithm = ALGORITHMS[name]
+    reference, reward_model = random_model(0), random_model(1, scalar_head=True, scale=0.6)
+    policy = reference
+    if algorithm.critic:
+        policy = random_model(0, scalar_head=True)
+        policy.score[...] = np.zeros(16, np.float32)
+    optimizer = make_optimizer(config.optimizer, 100)
+    step = s.make_step(
+        config, algorithm, optimizer, reference, reward_model, Normalization(0.0, 1.0), PROMPTS,
+        key=jax.random.key(0), max_new_tokens=6, eos_id=EOS, pad_id=PAD,
+    )  # fmt: skip
+    return init_state(policy, optimizer), step, (reference, reward_model)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_of_steps(name):
+    """The life of each algorithm: one compilation, some thirty steps, several observations.
+
+    trl#4159, #6789: ratio off 1 at the first update. torchforge#571: ratio 1 for ever.
+    """
+    temperature = TEMPERATURES.get(name, 1.0)
+    config = CONFIG.model_copy(update={"temperature": temperature})
+    state, step, frozen = make(name, config)
+    before = [arrays(model) for model in frozen]
+    seen = []
+    for k in range(30):
+        state, metrics = step(state, k)
+        seen.append({key: float(mean.value) for key, mean in metrics.items()})
+    first = seen[0]
+    # The rollout's log-probabilities and the first update's are the same numbers to rounding.
+    assert first["val/ratio_deviation"] < 1e-4
+    assert all(values["val/ratio_deviation"] < 1e-4 for values in seen)
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4)  # the policy is the reference
+    # By the fourth update of the step the policy has moved away from the rollout.
+    assert all(values["policy/approxkl_avg"] > 1e-7 for values in seen)
+    assert int(state.step) == 30 * 4
+    # It learns what it is paid for, and goes away from the reference in doing so.
+    score = np.array([values["objective/scores"] for values in seen])
+    assert score[-5:].mean() > score[:5].mean() + 0.3
+    assert np.mean([values["objective/kl"] for values in seen[-5:]]) > 0.05
+    # Reference and reward model are where they were.
+    for model, old in zip(frozen, before, strict=True):
+        for key, array in arrays(model).items():
+            np.testing.assert_array_equal(array, old[key], err_msg=key)
+    assert all(np.isfinite(list(values.values())).all() for values in seen)
+
+
+def test_a_step_is_a_function_of_state_and_number_alone():
+    """So that a resumed run needs the step's number and nothing else."""
+    results = []
+    state, step, _ = make("rloo")
+    for k in (3, 3, 4):
+        state = make("rloo")[0]
+        state, metrics = step(state, k)
+        results.append((arrays(state.model), float(metrics["objective/scores"].total)))
+    for key, array in results[0][0].items():
+        np.testing.assert_array_equal(array, results[1][0][key])
+    assert results[0][1] == results[1][1] != results[2][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "where"),
+    [
+        ("rloo", {"minibatches": 3}, "rlhf.minibatches"),
+        ("rloo", {"group_size": 1}, "rlhf.group_size"),
+    ],
+)
+def test_what_cannot_be_split_or_compared_is_said_before_anything_runs(name, options, where):
+    with pytest.raises(UserError) as caught:
+        make(name, CONFIG.model_copy(update=options))
+    assert caught.value.where == where
+
+
+@pytest.mark.parametrize(("count", "per_step"), [(5, 4), (7, 7), (3, 8), (12, 4)])
+def test_every_prompt_comes_once_before_any_comes_again(count, per_step):
+    steps = 3 * count
+    places = np.concatenate([s._prompt_order(count, per_step, 1, k) for k in range(steps)])
+    rounds = places[: len(places) // count * count].reshape(-1, count)
+    np.testing.assert_array_equal(
+        np.sort(rounds, axis=1), np.tile(np.arange(count), (len(rounds), 1))
+    )
+    assert len({tuple(r) for r in rounds.tolist()}) > 1  # shuffled anew
+    other = np.concatenate([s._prompt_order(count, per_step, 2, k) for k in range(steps)])
+    assert (places != other).any()
+
+
+def test_minibatches_partition_the_batch():
+    batch = PolicyBatch(*(jnp.arange(16) for _ in range(6)), None, None)
+    parts = [s._minibatches(batch, 16, CONFIG, k=0, epoch=e) for e in (0, 1)]
+    for halves in parts:
+        assert [len(half.tokens) for half in halves] == [8, 8]
+        assert sorted(np.concatenate([half.tokens for half in halves]).tolist()) == list(range(16))
+        for half in halves:  # all fields of a row go together
+            np.testing.assert_array_equal(half.tokens, half.advantages)
+            assert half.returns is None
+    assert set(parts[0][0].tokens.tolist()) != set(parts[1][0].tokens.tolist())
+    whole = s._minibatches(batch, 16, CONFIG.model_copy(update={"minibatches": 1}), 0, 0)
+    np.testing.assert_array_equal(whole[0].tokens, np.arange(16))
+
+
+def test_updates_counts_every_one():
+    assert s.updates(CONFIG.model_copy(update={"steps": 10})) == 10 * 2 * 2
+
+
+def test_prompt_rows_begin_with_the_start_token_and_are_padded_on_the_left():
+    tokenizer = train_tokenizer(TokenizerConfig(kind="characters"), ["abc"])
+    rows = s.prompt_rows(["ab", ""], tokenizer, 4)
+    a, b = tokenizer.encode("ab")
+    assert rows.tolist() == [[PAD, EOS, a, b], [PAD, PAD, PAD, EOS]]

@@ -1,0 +1,240 @@
+"""`minilm run`: what it leaves, what it skips, what it refuses to mix."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minilm import checkpoint, cli
+
+# Issue 9, item 14.
+FIGURES = {
+    "pretrain": "validation_loss validation_nats_per_character entropy_floor excess_loss "
+    "parse_share tokens_per_second seconds",
+    "preferences": "pairs bayes_accuracy bayes_log_loss",
+    "reward": "accuracy log_loss ece gold_correlation seconds",
+    "rlhf": "algorithm gold_win_rate gold_win_rate_low gold_win_rate_high gold_before gold_after "
+    "proxy_before proxy_after kl parse_share_before parse_share_after seconds",
+    "environment": "compute_dtype matmul_gflops jax jaxlib cpu cores device",
+}
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file with its time of change, the lock apart."""
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_ino) for p in found}
+
+
+@pytest.mark.parametrize("section", FIGURES)
+def test_the_summary_has_the_figures_that_scripts_read(tiny_run, section):
+    found = read(tiny_run / "summary.json")[section]
+    assert set(FIGURES[section].split()) <= found.keys()
+    assert None not in [found[name] for name in FIGURES[section].split()]
+
+
+def test_shares_and_losses_have_the_units_that_the_names_promise(tiny_run):
+    s = read(tiny_run / "summary.json")
+    pretrain, rlhf = s["pretrain"], s["rlhf"]
+    excess = pretrain["validation_loss"] - pretrain["entropy_floor"]
+    assert pretrain["excess_loss"] == pytest.approx(excess)
+    assert 0.5 <= s["preferences"]["bayes_accuracy"] <= 1
+    assert (
+        0 <= rlhf["gold_win_rate_low"] <= rlhf["gold_win_rate"] <= rlhf["gold_win_rate_high"] <= 1
+    )
+    assert rlhf["kl"] > 0
+
+
+def test_the_same_command_again_changes_nothing_and_says_so(tiny, tiny_run, processes):
+    before = files(tiny_run)
+    done = processes("run", tiny, "--out", tiny_run)
+    assert done.code == 0
+    assert "nothing changed" in done.output
+    assert files(tiny_run) == before
+
+
+def test_finding_that_nothing_changed_does_without_jax(tiny, tiny_run):
+    """So that it takes a second, not ten."""
+    words = ["run", str(tiny), "--out", str(tiny_run)]
+    code = f"import sys; from minilm.cli import main; main({words}); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("option", "stage"),
+    [
+        ("--pretrain.steps=41", "pretrain"),
+        ("--corpus.documents=700", "pretrain"),
+        ("--preferences.raters=2", "preferences"),
+        ("--reward.optimizer.learning-rate=0.5", "reward"),
+        ("--rlhf.kl-coef=0.5", "rlhf"),
+    ],
+)
+def test_a_changed_key_of_a_finished_stage_stops_and_is_named(
+    tiny, tiny_run, processes, option, stage
+):
+    before = files(tiny_run)
+    done = processes("run", tiny, "--out", tiny_run, option)
+    assert done.code == 2
+    key = option.removeprefix("--").partition("=")[0].replace("-", "_")
+    assert f"stage {stage} was done with other settings; changed: {key}\n" in done.output
+    assert f"--redo {stage}" in done.output
+    assert files(tiny_run) == before
+
+
+def test_redo_remakes_a_stage_and_keeps_the_old_one(tiny, tiny_copy, processes):
+    old, before = read(tiny_copy / "rlhf" / "done.json"), files(tiny_copy / "reward")
+    done = processes("run", tiny, "--out", tiny_copy, "--redo", "rlhf", "--rlhf.steps", 2)
+    assert done.code == 0, done.output
+    assert read(tiny_copy / "rlhf.old1" / "done.json") == old
+    assert read(tiny_copy / "rlhf" / "done.json")["sections"]["rlhf"]["steps"] == 2
+    assert checkpoint.find(tiny_copy).parent == tiny_copy / "rlhf" / "checkpoints"
+    assert checkpoint.metadata(checkpoint.find(tiny_copy))["step"] == 2
+    assert files(tiny_copy / "reward") == before
+
+
+def test_redo_of_a_stage_that_would_not_run_leaves_everything(tiny, tiny_run, processes):
+    before = files(tiny_run)
+    done = processes("reward", tiny, "--out", tiny_run, "--redo", "pretrain")
+    assert (done.code, files(tiny_run)) == (2, before)
+
+
+def test_until_includes_its_stage_and_goes_no_further(tiny, tmp_path, processes):
+    words = ["--corpus.kind", "pydoc", "--pretrain.steps", 10, "--pretrain.evaluate-every", 10]
+    done = processes("run", tiny, "--out", tmp_path / "run", "--until", "pretrain", *words)
+    assert done.code == 0, done.output
+    summary = read(tmp_path / "run" / "summary.json")
+    assert summary.keys() == {"pretrain", "environment"}
+    assert 0 < summary["pretrain"]["validation_nats_per_character"] < 10
+    assert summary["pretrain"]["entropy_floor"] is None
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_local_text_takes_the_same_door(tiny, tmp_path, processes):
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"Line {n} of a book.\r\n" for n in range(400)), newline="")
+    words = ["--corpus.kind", "text", "--corpus.files", text, "--tokenizer.kind", "characters"]
+    words += ["--pretrain.steps", 10]
+    out = tmp_path / "run"
+    done = processes("pretrain", tiny, "--out", out, *words)
+    assert done.code == 0, done.output
+    (held_out,) = map(json.loads, (out / "pretrain" / "held_out.jsonl").read_text().splitlines())
+    assert text.read_bytes().decode().endswith(held_out["text"])  # the end, "\r\n" and all
+    text.write_text("Another book. " * 400)
+    done = processes("pretrain", tiny, "--out", out, *words)
+    assert done.code == 2
+    assert f"changed: the input {text}" in done.output
+
+
+def test_init_takes_the_pretrained_model_of_another_run(tiny, tiny_run, tmp_path, processes):
+    out = tmp_path / "run"
+    done = processes("run", tiny, "--out", out, "--init", tiny_run, "--until", "reward")
+    assert done.code == 0, done.output
+    assert not (out / "pretrain").exists()
+    ours, theirs = (read(folder / "reward" / "done.json") for folder in (out, tiny_run))
+    assert ours["hash"] == theirs["hash"]
+    for figures in (ours["summary"], theirs["summary"]):
+        del figures["seconds"]
+    assert ours["summary"] == theirs["summary"]
+
+    other = shutil.copytree(tiny_run, tmp_path / "other")
+    pretrained = read(other / "pretrain" / "done.json")
+    (other / "pretrain" / "done.json").write_text(json.dumps(pretrained | {"hash": "another"}))
+    done = processes("run", tiny, "--out", out, "--init", other)
+    assert done.code == 2
+    assert "changed: the input pretrain" in done.output
+
+
+def test_init_from_another_world_is_refused_by_key(tiny, tiny_run, tmp_path, processes):
+    words = ["--init", tiny_run, "--corpus.size", "full", "--model.num-layers", 2]
+    done = processes("run", tiny, "--out", tmp_path / "run", *words)
+    assert done.code == 2
+    assert "corpus.size, model.num_layers" in done.output
+
+
+@pytest.mark.parametrize(
+    ("stage", "present", "missing"),
+    [
+        ("rlhf", (), "pretrain"),
+        ("rlhf", ("pretrain", "preferences"), "reward"),
+        ("reward", ("preferences",), "pretrain"),
+        ("preferences", (), "pretrain"),
+    ],
+)
+def test_a_stage_without_its_inputs_is_an_error(
+    tiny, tiny_run, tmp_path, processes, stage, present, missing
+):
+    for name in present:
+        shutil.copytree(tiny_run / name, tmp_path / "run" / name)
+    done = processes(stage, tiny, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert f"needs the result of {missing}, which is not there" in done.output
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_users_own_pairs_without_a_judge_serve_to_the_end(tiny, tiny_run, tmp_path, processes):
+    """TRL's {prompt, chosen, rejected}, extra columns and all."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"Prompt {n % 8}.", "chosen": f" Good {n}.", "rejected": f" Bad {n}.", "id": n}
+        for n in range(24)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--init", tiny_run, "--preferences.file", pairs, "--judge.name", "none"]
+    words += ["--rlhf.steps", 2]
+    done = processes("run", tiny, "--out", tmp_path / "run", *words)
+    assert done.code == 0, done.output
+    summary = read(tmp_path / "run" / "summary.json")
+    assert summary["preferences"]["pairs"] + summary["preferences"]["held_out_pairs"] == 24
+    assert summary["preferences"]["bayes_accuracy"] is None
+    assert 0 <= summary["reward"]["accuracy"] <= 1
+    assert summary["rlhf"]["gold_win_rate"] is None
+    assert summary["rlhf"]["kl"] > 0
+    assert "Good 3." in "".join(
+        (tmp_path / "run" / "preferences" / f"{name}.jsonl").read_text()
+        for name in ("train", "held_out")
+    )
+
+
+def test_a_page_that_cannot_be_made_costs_no_run(tiny, tiny_copy, monkeypatch, capsys):
+    """Nor does a run that was killed before summary and page were written stay without them."""
+
+    def broken(out):
+        raise RuntimeError("no page today")
+
+    expected = read(tiny_copy / "summary.json")
+    (tiny_copy / "summary.json").unlink()
+    (tiny_copy / "report.html").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("minilm.report.write", broken)
+        assert cli.main(["run", str(tiny), "--out", str(tiny_copy)]) == 0
+    assert read(tiny_copy / "summary.json") == expected
+    assert not (tiny_copy / "report.html").exists()
+    assert cli.main(["run", str(tiny), "--out", str(tiny_copy)]) == 0
+    assert (tiny_copy / "report.html").exists()
+
+
+def test_one_process_at_a_time_works_in_a_run_folder(tiny, tiny_copy, processes):
+    with (tiny_copy / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = processes("run", tiny, "--out", tiny_copy)
+    assert done.code == 2
+    assert "another process works in this run folder" in done.output
+    assert processes("run", tiny, "--out", tiny_copy).code == 0
+
+
+def test_the_folder_is_named_after_the_config(tiny, tiny_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    os.symlink(tiny_run, tmp_path / "runs" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", str(tiny)]) == 0
+    assert "are done in runs/tiny" in capsys.readouterr().out
