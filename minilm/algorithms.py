@@ -23,21 +23,14 @@ PerToken = Float[Array, "B R"]
 
 
 class Algorithm(NamedTuple):
-    """A row.
+    """A row."""
 
-    Attributes:
-      advantages: (rewards [B, R], rollout, config) -> (advantages [B, R], returns [B, R] | None).
-      terms: trained terms and their weights, a number or the config key that holds it.
-      kl_in_reward: the estimator subtracted from each token's reward, or None.
-      critic: whether the policy carries a value head, trained by the term `value`.
-      over: "token", every token weighs the same; "sequence", every completion does.
-    """
-
+    # (rewards [B, R], rollout, config) -> (advantages [B, R], returns [B, R] | None)
     advantages: Callable[[PerToken, Rollout, RLHFConfig], tuple[PerToken, PerToken | None]]
-    terms: dict[str, float | str]
-    kl_in_reward: Literal["k1", "k2", "k3"] | None
-    critic: bool
-    over: Literal["token", "sequence"]
+    terms: dict[str, float | str]  # trained ones and their weights, or the config key of one
+    kl_in_reward: Literal["k1", "k2", "k3"] | None  # the estimator in each token's reward
+    critic: bool  # whether the policy carries a value head, trained by the term `value`
+    over: Literal["token", "sequence"]  # which of them all weigh the same
 
 
 class PolicyBatch(NamedTuple):
@@ -69,14 +62,14 @@ def token_rewards(
     return rewards - kl_coef * jnp.where(rollout.mask, kl, 0.0)
 
 
-def _leave_one_out(rewards, rollout, config):
-    advantages = leave_one_out(jnp.sum(rewards, axis=1), group=config.group_size)
-    return _spread(advantages, rollout), None
+def _of_group(estimate):
+    """An estimator of whole completions as one of their tokens."""
 
+    def advantages(rewards, rollout, config):
+        of_row = estimate(jnp.sum(rewards, axis=1), group=config.group_size)
+        return jnp.where(rollout.mask, of_row[:, None], 0.0), None
 
-def _group_z_score(rewards, rollout, config):
-    advantages = group_z_score(jnp.sum(rewards, axis=1), group=config.group_size)
-    return _spread(advantages, rollout), None
+    return advantages
 
 
 def _generalized(rewards, rollout, config):
@@ -86,17 +79,12 @@ def _generalized(rewards, rollout, config):
     return whiten(advantages, rollout.mask), returns
 
 
-def _spread(advantages: Float[Array, "B"], rollout: Rollout) -> PerToken:
-    return jnp.where(rollout.mask, advantages[:, None], 0.0)
-
-
+_grpo = _of_group(group_z_score)
 ALGORITHMS: dict[str, Algorithm] = {
     # Ahmadian et al. (2024), arXiv:2402.14740.
-    "rloo": Algorithm(_leave_one_out, {"policy_gradient": 1.0}, "k1", False, "token"),
+    "rloo": Algorithm(_of_group(leave_one_out), {"policy_gradient": 1.0}, "k1", False, "token"),
     # Shao et al. (2024), arXiv:2402.03300.
-    "grpo": Algorithm(
-        _group_z_score, {"clipped_surrogate": 1.0, "kl": "kl_coef"}, None, False, "sequence"
-    ),
+    "grpo": Algorithm(_grpo, {"clipped_surrogate": 1.0, "kl": "kl_coef"}, None, False, "sequence"),
     # Schulman et al. (2017), arXiv:1707.06347; Ziegler et al. (2019), arXiv:1909.08593.
     "ppo": Algorithm(
         _generalized, {"clipped_surrogate": 1.0, "value": "value_coef"}, "k1", True, "token"
@@ -110,16 +98,7 @@ def price(
     """Rewards and advantages of a rollout."""
     rewards = token_rewards(algorithm, rollout, score, config.kl_coef)
     advantages, returns = algorithm.advantages(rewards, rollout, config)
-    return PolicyBatch(
-        rollout.tokens,
-        rollout.segments,
-        rollout.mask,
-        rollout.logprobs,
-        rollout.ref_logprobs,
-        advantages,
-        rollout.values,
-        returns,
-    )
+    return PolicyBatch(*rollout[:5], advantages, rollout.values, returns)
 
 
 def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
@@ -133,27 +112,26 @@ def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
         return mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
 
     over = {"token": over_tokens, "sequence": over_sequences}[algorithm.over]
+    clip, clip_value = config.clip, config.value_clip
+
+    def surrogate(o: Outputs, b: PolicyBatch):
+        return clipped_surrogate(o.logprobs, b.old_logprobs, b.advantages, clip=clip)
+
     values = {
         "policy_gradient": lambda o, b: policy_gradient(o.logprobs, b.old_logprobs, b.advantages),
-        "clipped_surrogate": lambda o, b: clipped_surrogate(
-            o.logprobs, b.old_logprobs, b.advantages, clip=config.clip
-        ),
+        "clipped_surrogate": surrogate,
         "kl": lambda o, b: kl_estimate(o.logprobs, b.ref_logprobs, estimator="k3"),
         "value": lambda o, b: clipped_value_loss(
-            o.values, b.old_values, b.returns, clip=config.value_clip
+            o.values, b.old_values, b.returns, clip=clip_value
         ),
     }
-    weights = {
-        name: getattr(config, weight) if isinstance(weight, str) else weight
-        for name, weight in algorithm.terms.items()
-    }
+    dials = config.model_dump()
+    weights = {n: dials[w] if isinstance(w, str) else w for n, w in algorithm.terms.items()}
     trained = [Term(f"loss/{n}", w, values[n], over) for n, w in weights.items()]
     watched: dict[str, Callable[[Outputs, PolicyBatch], Array]] = {
         "policy/entropy_avg": lambda o, b: o.entropy,
         "policy/approxkl_avg": lambda o, b: approx_kl(o.logprobs, b.old_logprobs),
-        "policy/clipfrac_avg": lambda o, b: clip_fraction(
-            o.logprobs, b.old_logprobs, clip=config.clip
-        ),
+        "policy/clipfrac_avg": lambda o, b: clip_fraction(o.logprobs, b.old_logprobs, clip=clip),
         "val/ratio": lambda o, b: jnp.exp(o.logprobs - b.old_logprobs),
         "val/ratio_deviation": lambda o, b: jnp.abs(jnp.exp(o.logprobs - b.old_logprobs) - 1.0),
     }

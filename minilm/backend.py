@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,9 @@ from minilm.config import BackendConfig
 FLAGS = "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_fusion_type=dot,eltwise,reduce"
 TIMEOUT = 60.0  # seconds for a whole trial
 WORTH_IT = 0.95  # bfloat16 costs digits, so it has to save some of float32's time
+WIND_UP = 0.3  # seconds; 0.05 was enough in 268 of 268 cases on a machine at five times its load
+JAXLIB = importlib.metadata.version("jaxlib")
+_KEPT: list[object] = []
 
 
 class Choice(NamedTuple):
@@ -51,16 +56,18 @@ class Trial(NamedTuple):
 def configure(config: BackendConfig, stored: Mapping[str, Any] | None = None) -> Choice:
     """Sets XLA_FLAGS and says which compute dtype to use. Call it before JAX computes anything.
 
-    A user's own XLA_FLAGS are left alone, and "none" in the config leaves them as they are.
-
-    Args:
-      stored: an earlier run's Choice as a dict, to go on computing in the same way.
+    A user's own XLA_FLAGS are left alone. `stored`, an earlier Choice as a dict, is kept to.
     """
     found = os.environ.get("XLA_FLAGS", "")
     # FLAGS themselves were set by an earlier call or a parent process: they count as ours.
     ours = config.xla_flags == "auto" and found in ("", FLAGS) and not _jax_has_started()
     if stored:
-        choice = _kept(config.compute_dtype, stored, None if ours else found)
+        dtype = stored["compute_dtype"] if config.compute_dtype == "auto" else config.compute_dtype
+        flags = stored["xla_flags"] if ours else found
+        # A newer jaxlib may no longer know them.
+        if flags and stored["jaxlib"] != JAXLIB and not _trial({dtype: flags}).milliseconds:
+            flags = ""
+        choice = Choice(dtype, flags, "as when this run began", JAXLIB)
     else:
         can_fuse = ours and sys.platform == "linux" and platform.machine() == "x86_64"
         plain = "" if ours else found
@@ -85,15 +92,10 @@ def keep[F](function: F) -> F:
     return function
 
 
-_KEPT: list[object] = []
-WIND_UP = 0.3  # seconds; 0.05 was enough in 268 of 268 cases on a machine at five times its load
-
-
 def cache_dir() -> Path | None:
     """A folder of minilm's own in the user's cache, made if need be; None where none can be."""
-    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "minilm"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilm"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: no home
         return None
@@ -117,7 +119,7 @@ def facts() -> dict[str, Any]:
     }
 
 
-def matmul_rate(dtype: str, seconds: float = 1.0) -> float:
+def matmul_rate(dtype: str) -> float:
     """GFLOP/s of a square matrix product now: a shared machine has slow hours. Starts JAX."""
     import jax
     import jax.numpy as jnp
@@ -125,65 +127,46 @@ def matmul_rate(dtype: str, seconds: float = 1.0) -> float:
     size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = keep(jax.jit(lambda a, b: a @ b))
-    product(x, x).block_until_ready()
-    times, end = [], time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times) / 1e9
-
-
-def _kept(dtype: str, stored: Mapping[str, Any], found: str | None) -> Choice:
-    """The stored choice, as far as the flags found (None: ours to set) and jaxlib allow."""
-    flags, reason = stored["xla_flags"], "as when this run began"
-    if found not in (None, flags):
-        flags, reason = found, "as when this run began, but under the XLA flags found"
-    elif flags and stored["jaxlib"] != _jaxlib() and not _trial({"bfloat16": flags}).milliseconds:
-        flags, reason = "", f"this run's XLA flags are unknown to jaxlib {_jaxlib()}"
-    return Choice(stored["compute_dtype"] if dtype == "auto" else dtype, flags, reason, _jaxlib())
+    times = timeit.repeat(lambda: product(x, x).block_until_ready(), number=1, repeat=25)
+    return (
+        2 * size**3 / statistics.median(times) / 1e9
+    )  # the first, with compilation, is an outlier
 
 
 def _chosen(dtype: str, plain: str, fused: str) -> Choice:
     """By trial, where there is a choice: float32 with the flags `plain`, bfloat16 with `fused`."""
     if dtype == "float32" or (dtype == "bfloat16" and fused == plain):
-        return Choice(dtype, plain, "as configured", _jaxlib())
-    trial = _remembered_trial({"float32": plain, "bfloat16": fused})
-    times, fast = trial.milliseconds, bool(trial.fast_bfloat16)
-    if trial.fast_bfloat16 is not None:
-        reason = f"{trial.device} {'has' if fast else 'lacks'} fast bfloat16"
+        return Choice(dtype, plain, "as configured", JAXLIB)
+    device, fast, times = _remembered_trial({"float32": plain, "bfloat16": fused})
+    if fast is not None:
+        reason = f"{device} {'has' if fast else 'lacks'} fast bfloat16"
     elif len(times) < 2:
         reason = "no child process could try bfloat16 here"
     else:
         fast = times["bfloat16"] < WORTH_IT * times["float32"]
-        reason = f"a trial step took {times['bfloat16']:.1f} ms in bfloat16"
-        reason += " with oneDNN fusion" if fused == FLAGS else ""
+        how = " with oneDNN fusion" if fused == FLAGS else ""
+        reason = f"a trial step took {times['bfloat16']:.1f} ms in bfloat16{how}"
         reason += f", {times['float32']:.1f} in float32"
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
     flags = fused if dtype == "bfloat16" and "bfloat16" in times else plain
-    return Choice(dtype, flags, reason, _jaxlib())
+    return Choice(dtype, flags, reason, JAXLIB)
 
 
 def _remembered_trial(flags: dict[str, str]) -> Trial:
     """The trial of this processor, jaxlib and flags, from the user's cache where it is there."""
-    cpu_only = os.environ.get("JAX_PLATFORMS") == "cpu"
-    plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
-    folder = cache_dir() if cpu_only or not plugins else None
-    if folder is None:
+    accelerated = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    folder = cache_dir()
+    if folder is None or (accelerated and os.environ.get("JAX_PLATFORMS") != "cpu"):
         return _trial(flags)
-    key = repr((_cpu(), os.cpu_count(), _jaxlib(), flags)).encode()
-    path = folder / f"trial-{hashlib.sha256(key).hexdigest()[:16]}.json"
-    try:
+    key = hashlib.sha256(repr((_cpu(), os.cpu_count(), JAXLIB, flags)).encode()).hexdigest()
+    path = folder / f"trial-{key[:16]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return Trial(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        trial = _trial(flags)
-    # A child that died of something else than its flags, memory say, gets another chance.
-    if len(trial.milliseconds) == 2:
+    trial = _trial(flags)
+    if len(trial.milliseconds) == 2:  # a child that died, of memory say, gets another chance
         with contextlib.suppress(OSError):
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(trial._asdict()))
-            temporary.replace(path)
+            path.write_text(json.dumps(trial._asdict()))
     return trial
 
 
@@ -193,24 +176,27 @@ def _trial(flags: dict[str, str]) -> Trial:
     They take turns, since a shared machine changes speed by more than what is to be told apart.
     """
     trial = Trial("", None, {})
-    with contextlib.ExitStack() as stack:
-        children = {dtype: _start_child(stack, dtype, flags[dtype]) for dtype in flags}
-        for child in children.values():
-            if line := _read(child):
-                trial = Trial(**line, milliseconds={})
-            if trial.fast_bfloat16 is not None:
-                return trial
-        for dtype, child in 12 * list(children.items()):
-            with contextlib.suppress(OSError):
-                child.stdin.write(b"go\n")
-            if line := _read(child):
-                best = trial.milliseconds.get(dtype, float("inf"))
-                trial.milliseconds[dtype] = min(best, line["milliseconds"])
+    children = {dtype: _start_child(dtype, flags[dtype]) for dtype in flags}
+    watchdog = threading.Timer(TIMEOUT, lambda: [child.kill() for child in children.values()])
+    watchdog.daemon = True
+    watchdog.start()
+    for dtype, child in 12 * list(children.items()):
+        with contextlib.suppress(OSError, ValueError):  # it has died: no pipe, or no answer
+            child.stdin.write(b"go\n")
+            answer = json.loads(child.stdout.readline())
+            best = min(answer.pop("milliseconds"), trial.milliseconds.get(dtype, math.inf))
+            trial = Trial(**answer, milliseconds=trial.milliseconds | {dtype: best})
+        if trial.fast_bfloat16 is not None:
+            break
+    watchdog.cancel()
+    for child in children.values():
+        child.kill()
+        child.communicate()
     return trial
 
 
-def _start_child(stack: contextlib.ExitStack, dtype: str, flags: str) -> Any:
-    child = subprocess.Popen(
+def _start_child(dtype: str, flags: str) -> Any:
+    return subprocess.Popen(
         [sys.executable, "-m", "minilm.backend", dtype],
         cwd=Path(__file__).parents[1],  # where `-m` finds minilm even if it is not installed
         env={**os.environ, "XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
@@ -219,22 +205,10 @@ def _start_child(stack: contextlib.ExitStack, dtype: str, flags: str) -> Any:
         stderr=subprocess.DEVNULL,
         bufsize=0,
     )
-    watchdog = threading.Timer(TIMEOUT, child.kill)
-    watchdog.start()
-    stack.enter_context(child)  # waits for it
-    stack.callback(child.kill)
-    stack.callback(watchdog.cancel)
-    return child
-
-
-def _read(child: Any) -> dict[str, Any] | None:
-    """What the child says next; None where it has died."""
-    line = child.stdout.readline()
-    return json.loads(line) if line.startswith(b"{") else None
 
 
 def _child_main(dtype: str) -> None:
-    """The child's side: says what device it has, then times a step for each line it reads."""
+    """The child's side: for each line it reads, says what device it has and what a step took."""
     import jax
 
     device, fast = jax.devices()[0], None
@@ -244,14 +218,14 @@ def _child_main(dtype: str) -> None:
         fast = capability.startswith("gfx") or float(capability) >= 8
     elif device.platform == "tpu":
         fast = True
-    print(json.dumps({"device": device.device_kind, "fast_bfloat16": fast}), flush=True)
     step, matrices = _step(dtype)
     matrices = jax.block_until_ready(step(matrices))
     for _ in sys.stdin:
         start = time.perf_counter()
         matrices = jax.block_until_ready(step(matrices))
-        took = 1e3 * (time.perf_counter() - start)
-        print(json.dumps({"milliseconds": round(took, 2)}), flush=True)
+        took = round(1e3 * (time.perf_counter() - start), 2)
+        answer = {"device": device.device_kind, "fast_bfloat16": fast, "milliseconds": took}
+        print(json.dumps(answer), flush=True)
 
 
 def _step(dtype: str) -> tuple[Callable[[Any], Any], Any]:
@@ -260,8 +234,7 @@ def _step(dtype: str) -> tuple[Callable[[Any], Any], Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    # Numbers from NumPy: JAX would compile a program for each of these lines.
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(0)  # JAX would compile a program for each of these lines
     x = random.standard_normal((16, 128, 128), np.float32)
     shapes = ((128, 3 * 128), (128, 2 * 352), (352, 128))
     matrices = [0.1 * random.standard_normal(shape, np.float32) for shape in shapes]
@@ -290,35 +263,21 @@ def _start_jax(flags: str) -> None:
 
     folder = cache_dir()
     if "onednn" in flags:
-        atexit.unregister(_wind_up)
-        atexit.register(_wind_up)  # after JAX's own, so it runs before
+        atexit.register(time.sleep, WIND_UP)  # after JAX's own, so it runs before
     elif folder and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
 
 
-def _wind_up() -> None:
-    time.sleep(WIND_UP)
-
-
 def _jax_has_started() -> bool:
     """Whether a backend exists, after which XLA no longer reads its flags."""
-    if "jax" not in sys.modules:
-        return False
-    from jax._src import xla_bridge  # JAX has no public way to ask without starting it
-
-    return xla_bridge.backends_are_initialized()
-
-
-def _jaxlib() -> str:
-    return importlib.metadata.version("jaxlib")
+    bridge = sys.modules.get("jax._src.xla_bridge")  # JAX has no public way to ask
+    return bridge is not None and bridge.backends_are_initialized()
 
 
 def _cpu() -> tuple[str, str]:
     """The processor's name and, since virtual machines hide it, its features."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine(), platform.machine()
+    info = Path("/proc/cpuinfo")  # Linux's
+    text = info.read_text() if info.exists() else ""
     fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))
     return fields.get("model name", platform.machine()), fields.get("flags", "")
 

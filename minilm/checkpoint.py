@@ -118,7 +118,8 @@ def load_arrays(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
     keys = [key for key in metadata(path)["arrays"] if key.startswith(prefix)]
     how = dict.fromkeys(keys, ocp.RestoreArgs(restore_type=np.ndarray))
     request = ocp.args.PyTreeRestore(item=how, restore_args=how, partial_restore=True)
-    return ocp.PyTreeCheckpointer().restore(path.absolute() / "arrays", args=request)
+    arrays = ocp.PyTreeCheckpointer().restore(path.absolute() / "arrays", args=request)
+    return {key: arrays[key] for key in keys}  # in the tree's order
 
 
 def metadata(path: Path) -> dict[str, Any]:

@@ -17,23 +17,19 @@ def choose[T](registry: Mapping[str, T], name: str, where: str) -> T:
       UserError: no such row; names the key `where`, the rows there are and the nearest name.
     """
     if name not in registry:
-        close = nearest(name, registry)
-        raise UserError(
-            f"unknown name '{name}'",
-            where=where,
-            allowed=sorted(registry),
-            hint=f"did you mean '{close}'?" if close else None,
-        )
+        raise _unknown(f"unknown name '{name}'", name, registry, where, sorted(registry))
     return registry[name]
+
+
+def _unknown(problem: str, name: str, known: Mapping, where: str, allowed) -> UserError:
+    hint = f"did you mean '{close}'?" if (close := nearest(name, known)) else None
+    return UserError(problem, where=where, allowed=allowed, hint=hint)
 
 
 def bind[R](
     registry: Mapping[str, Callable[..., R]], name: str, options: Mapping[str, object], where: str
 ) -> Callable[..., R]:
-    """The function called `name` with keyword-only `options` fixed.
-
-    A name of the form `module:function` is imported, so that users extend a registry without
-    touching minilm.
+    """The function called `name`, or imported as `module:function`, with `options` fixed.
 
     Raises:
       UserError: unknown name, a module that cannot be imported, an option that the function lacks
@@ -47,13 +43,8 @@ def bind[R](
             raise UserError(f"'{name}' needs the option '{option}'", where=where)
     for option in options:
         if option not in known:
-            close = nearest(option, known)
-            raise UserError(
-                f"'{name}' has no option '{option}'",
-                where=where,
-                allowed=sorted(known) or "no options",
-                hint=f"did you mean '{close}'?" if close else None,
-            )
+            problem, allowed = f"'{name}' has no option '{option}'", sorted(known) or "no options"
+            raise _unknown(problem, option, known, where, allowed)
     return functools.partial(function, **options)
 
 

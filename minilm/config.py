@@ -65,7 +65,7 @@ class TokenizerConfig(Section):
 
 
 class ModelConfig(Section):
-    """Shape of the Qwen3-type decoder (RMSNorm, rotary, grouped-query attention, QK-norm, SwiGLU)."""
+    """Shape of the Qwen3-type decoder: RMSNorm, rotary, grouped queries, QK-norm, SwiGLU."""
 
     num_layers: Positive = 4
     embed_dim: Positive = 128
@@ -78,11 +78,10 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-                f"({self.num_kv_heads}): each key head serves equally many query heads"
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            problem = f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads}): "
+            raise ValueError(problem + "each key head serves equally many query heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary turns pairs")
         return self
@@ -131,12 +130,10 @@ class SupervisedConfig(LoopConfig):
     batch_size: Positive = 8
 
     @model_validator(mode="after")
-    def _divides(self) -> "LoopConfig":
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of accumulation "
-                f"({self.accumulation})"
-            )
+    def _divides(self) -> "SupervisedConfig":
+        batch, parts = self.batch_size, self.accumulation
+        if batch % parts:
+            raise ValueError(f"batch_size ({batch}) must be a multiple of accumulation ({parts})")
         return self
 
 

@@ -17,10 +17,9 @@ STARTUP_SECONDS = 25.0  # compiling and evaluating, a stage
 
 def model_shape(config: Config, *, scalar_head: bool = False) -> Transformer:
     """The model as shapes, without allocating it."""
+    vocab = config.tokenizer.vocab_size
     return jax.eval_shape(
-        lambda: Transformer(
-            config.model, config.tokenizer.vocab_size, scalar_head=scalar_head, rngs=nnx.Rngs(0)
-        )
+        lambda: Transformer(config.model, vocab, scalar_head=scalar_head, rngs=nnx.Rngs(0))
     )
 
 
@@ -55,12 +54,12 @@ def minutes(stage: str, config: Config, environment: dict) -> float:
 
 def model_command(config: Config) -> None:
     """`minilm model CONFIG`: parameters, FLOPs a token and memory of a training step."""
-    model = model_shape(config)
     length, batch = config.pretrain.sequence_length, config.pretrain.batch_size
     tokens = batch * length // config.pretrain.accumulation
-    count = parameter_count(model)
+    count = parameter_count(model_shape(config))
     vocab = config.tokenizer.vocab_size
     m = config.model
+    flops = flops_per_token(m, vocab, length)
     # Kept for the backward pass, a layer and token: residuals, norms, Q, K, V, attention weights
     # and the MLP's three products; at the end logits, their softmax and its gradient in float32.
     per_layer = 6 * m.embed_dim + 4 * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
@@ -70,12 +69,9 @@ def model_command(config: Config) -> None:
     rows = [
         ("parameters", f"{count:,}"),
         ("  of these embeddings", f"{vocab * m.embed_dim * (2 - m.tie_embeddings):,}"),
-        ("FLOPs per token, forward and backward", f"{flops_per_token(m, vocab, length):,}"),
+        ("FLOPs per token, forward and backward", f"{flops:,}"),
         ("tokens a step", f"{batch * length:,}"),
-        (
-            "FLOPs of the pretraining",
-            f"{flops_per_token(m, vocab, length) * batch * length * config.pretrain.steps:.3g}",
-        ),
+        ("FLOPs of the pretraining", f"{flops * batch * length * config.pretrain.steps:.3g}"),
         ("memory: parameters, float32", _mib(4 * count)),
         ("memory: optimizer and gradient", _mib(4 * count * (moments + 1))),
         ("memory: activations of a step, about", _mib(activations)),

@@ -1,4 +1,4 @@
-"""Sampling: prefill and decode with a KV cache in one jitted call that stops when all have ended."""
+"""Sampling: prefill and decode with a KV cache in one jitted call, until all have ended."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -16,19 +16,12 @@ BLOCK = 64  # of the two-level inverse-CDF sampler: about the square root of a s
 
 
 class Samples(NamedTuple):
-    """Completions of left-padded prompts.
+    """Completions of left-padded prompts."""
 
-    Attributes:
-      tokens: [B, R]; the pad token after the end.
-      mask: [B, R], True at the completion's own tokens, its end-of-text included.
-      logprobs: [B, R], log-probability of each token under the sampling distribution, 0 at padding.
-      finished: [B], whether end-of-text was sampled within R tokens.
-    """
-
-    tokens: Int[Array, "B R"]
-    mask: Bool[Array, "B R"]
-    logprobs: Float[Array, "B R"]
-    finished: Bool[Array, "B"]
+    tokens: Int[Array, "B R"]  # the pad token after the end
+    mask: Bool[Array, "B R"]  # True at the completion's own tokens, its end-of-text included
+    logprobs: Float[Array, "B R"]  # under the sampling distribution, 0 at padding
+    finished: Bool[Array, "B"]  # whether end-of-text was sampled within R tokens
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, length: int) -> np.ndarray:
@@ -39,18 +32,10 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, length: int) -> np.n
     return rows
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "eos_id",
-        "pad_id",
-        "microbatch",
-    ),
-)
+DIALS = ("max_new_tokens", "temperature", "top_k", "top_p", "eos_id", "pad_id", "microbatch")
+
+
+@functools.partial(jax.jit, static_argnames=DIALS)
 def generate(
     model: Transformer,
     prompts: Int[Array, "B P"],
@@ -70,8 +55,8 @@ def generate(
       temperature: divides the logits; 0 is greedy.
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: keep the smallest set of tokens with at least this probability (Holtzman et al. 2020).
-      microbatch: rows decoded together. Several caches of 64 rows stay in a CPU's cache where one
-        of 256 does not; each part also stops as soon as its own rows have ended.
+      microbatch: rows decoded together: 64 rows' keys and values stay in a CPU's cache where those
+        of 256 do not, and each part stops as soon as its own rows have ended.
     """
     draw = _sampler(temperature, top_k, top_p)
     weights = cast(model)
@@ -79,8 +64,10 @@ def generate(
     parts = batch // microbatch if batch % microbatch == 0 else 1
 
     def part(args):
-        rows, part_key = args
-        return _complete(weights, rows, part_key, draw, max_new_tokens, eos_id, pad_id)
+        state = _start(weights, args[0], args[1], max_new_tokens, pad_id)
+        state = _advance(weights, state, draw, max_new_tokens, eos_id, pad_id)
+        mask = state.valid[:, prompts.shape[1] :]
+        return Samples(state.tokens.T, mask, state.logprobs.T, state.done)
 
     if parts == 1:
         return part((prompts, key))
@@ -102,26 +89,15 @@ class _Decoding(NamedTuple):
     done: Bool[Array, "B"]
 
 
-def _complete(model, prompts, key, draw, max_new_tokens: int, eos_id: int, pad_id: int) -> Samples:
-    state = _start(model, prompts, key, max_new_tokens, pad_id)
-    state = _advance(model, state, draw, max_new_tokens, eos_id, pad_id)
-    return Samples(state.tokens.T, state.valid[:, prompts.shape[1] :], state.logprobs.T, state.done)
-
-
 def _start(model, prompts, key, max_new_tokens: int, pad_id: int) -> _Decoding:
     batch, length = prompts.shape
+    shape = (max_new_tokens, batch)
     valid = prompts != pad_id
     hidden, cache = prefill(model, prompts, valid, length + max_new_tokens)
-    return _Decoding(
-        jnp.int32(0),
-        hidden,
-        cache,
-        jnp.pad(valid, ((0, 0), (0, max_new_tokens))),
-        jax.random.uniform(key, (max_new_tokens, batch)),
-        jnp.full((max_new_tokens, batch), pad_id, jnp.int32),
-        jnp.zeros((max_new_tokens, batch)),
-        jnp.zeros(batch, bool),
-    )
+    valid = jnp.pad(valid, ((0, 0), (0, max_new_tokens)))
+    uniforms, tokens = jax.random.uniform(key, shape), jnp.full(shape, pad_id, jnp.int32)
+    done = jnp.zeros(batch, bool)
+    return _Decoding(jnp.int32(0), hidden, cache, valid, uniforms, tokens, jnp.zeros(shape), done)
 
 
 def _advance(model, state: _Decoding, draw, stop, eos_id: int, pad_id: int) -> _Decoding:
@@ -133,18 +109,13 @@ def _advance(model, state: _Decoding, draw, stop, eos_id: int, pad_id: int) -> _
         token = jnp.where(s.done, pad_id, token)
         logprob = jnp.where(s.done, 0.0, logprob)
         index = length + s.step
-        valid = jax.lax.dynamic_update_index_in_dim(s.valid, ~s.done, index, 1)
+        write = jax.lax.dynamic_update_index_in_dim
+        valid = write(s.valid, ~s.done, index, 1)
         hidden, cache = decode(model, token, index, valid, s.cache)
-        return _Decoding(
-            s.step + 1,
-            hidden,
-            cache,
-            valid,
-            s.uniforms,
-            jax.lax.dynamic_update_index_in_dim(s.tokens, token, s.step, 0),
-            jax.lax.dynamic_update_index_in_dim(s.logprobs, logprob, s.step, 0),
-            s.done | (token == eos_id),
-        )
+        tokens = write(s.tokens, token, s.step, 0)
+        logprobs = write(s.logprobs, logprob, s.step, 0)
+        done = s.done | (token == eos_id)
+        return _Decoding(s.step + 1, hidden, cache, valid, s.uniforms, tokens, logprobs, done)
 
     return jax.lax.while_loop(lambda s: (s.step < stop) & ~jnp.all(s.done), body, state)
 
@@ -162,12 +133,10 @@ def stream(
     pad_id: int = 0,
     chunk: int = 8,
 ) -> Iterator[list[int]]:
-    """The tokens of one completion as they come, `chunk` at a time; the same as `generate`'s.
-
-    The prompt is padded to a multiple of 16, so that prompts of many lengths share a compilation.
-    """
+    """The tokens that `generate` gives for one prompt, as they come, `chunk` at a time."""
     draw = _sampler(temperature, top_k, top_p)
     weights = cast(model)
+    # A multiple of 16, so that prompts of many lengths share a compilation.
     rows = left_pad([prompt], pad_id, -(-len(prompt) // 16) * 16)
     start = backend.keep(jax.jit(lambda m, rows, key: _start(m, rows, key, max_new_tokens, pad_id)))
     advance = backend.keep(jax.jit(lambda m, s, stop: _advance(m, s, draw, stop, eos_id, pad_id)))
@@ -220,10 +189,9 @@ def _nucleus(scores: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
 def categorical(
     scores: Float[Array, "B V"], uniform: Float[Array, "B"]
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Inverse-CDF draw in two levels: one uniform a row instead of V Gumbel variates.
+    """Token and log-probability, drawn by inverse CDF: a uniform a row, not V Gumbel variates.
 
-    Block sums choose the block, a cumulative sum inside it the token. Tokens of probability zero
-    are never drawn. Returns the token and its log-probability.
+    Block sums choose the block, a cumulative sum inside it the token, never one of probability 0.
     """
     batch, vocab = scores.shape
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
@@ -233,9 +201,8 @@ def categorical(
     target = uniform[:, None] * total
     block = _first_beyond(ends, target, jnp.sum(blocks, axis=-1))
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    before = jnp.take_along_axis(ends, block[:, None], axis=1) - jnp.sum(
-        inside, axis=-1, keepdims=True
-    )
+    before = jnp.take_along_axis(ends, block[:, None], axis=1)
+    before = before - jnp.sum(inside, axis=-1, keepdims=True)
     offset = _first_beyond(before + jnp.cumsum(inside, axis=-1), target, inside)
     chosen = jnp.take_along_axis(inside, offset[:, None], axis=1)
     return block * BLOCK + offset, jnp.log(chosen / total)[:, 0]

@@ -1,8 +1,10 @@
 """`minilm.Run`: a run, a stage or a checkpoint as an object for notebooks and the command line."""
 
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,10 +22,8 @@ from minilm.text.tokenizer import Tokenizer
 
 
 class Run:
-    """What a trained run can do.
+    """What a trained run (its last policy), a stage folder or a checkpoint can do.
 
-    Args:
-      path: a run folder (its last policy is used), a stage folder or a checkpoint.
     Raises:
       UserError: no checkpoint there, or a damaged one.
     """
@@ -63,16 +63,10 @@ class Run:
         """One completion of each prompt."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         longest = max(len(self.tokenizer.encode(p)) for p in prompts) + 1
-        _, samples = sample(
-            self.model,
-            self.tokenizer,
-            prompts,
-            jax.random.key(seed),
-            max_prompt_tokens=-(-longest // 16) * 16,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            batch_size=min(64, len(prompts)),
-        )
+        width = -(-longest // 16) * 16
+        dials: dict[str, Any] = {"max_prompt_tokens": width, "max_new_tokens": max_new_tokens}
+        dials |= {"temperature": temperature, "batch_size": min(64, len(prompts))}
+        _, samples = sample(self.model, self.tokenizer, prompts, jax.random.key(seed), **dials)
         return texts_of(samples, self.tokenizer)
 
     def stream(
@@ -87,18 +81,11 @@ class Run:
     ) -> Iterator[str]:
         """A completion in pieces, as it is decoded."""
         ids, shown = [], ""
+        special = {"eos_id": self.tokenizer.eos_id, "pad_id": self.tokenizer.pad_id}
+        dials: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        dials |= {"top_k": top_k, "top_p": top_p}
         start = [self.tokenizer.eos_id, *self.tokenizer.encode(prompt)]
-        for part in stream(
-            self.model,
-            start,
-            jax.random.key(seed),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_id=self.tokenizer.eos_id,
-            pad_id=self.tokenizer.pad_id,
-        ):
+        for part in stream(self.model, start, jax.random.key(seed), **dials, **special):
             ids += part
             text = self.tokenizer.decode(ids).rstrip("\ufffd")  # half a character waits
             yield text[len(shown) :]
@@ -119,9 +106,8 @@ class Run:
             normalization = load_normalization(ws)
         except UserError:
             normalization = Normalization(0.0, 1.0)
-        raw = score_texts(
-            model, self.tokenizer, prompts, completions, self.config.reward.max_tokens
-        )
+        longest = self.config.reward.max_tokens
+        raw = score_texts(model, self.tokenizer, prompts, completions, longest)
         return (raw - normalization.mean) / normalization.std
 
 
@@ -139,25 +125,18 @@ def generate_command(
     """`minilm generate`: prints completions as they are decoded."""
     backend.configure(BackendConfig(), _stored_choice(path))
     run = Run(path)
+    dials: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    dials |= {"top_k": top_k, "top_p": top_p}
     for prompt in prompts:
         for number in range(count):
             print(prompt, end="", flush=True)
-            for piece in run.stream(
-                prompt,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed + number,
-            ):
+            for piece in run.stream(prompt, **dials, seed=seed + number):
                 print(piece, end="", flush=True)
             print()
 
 
 def _stored_choice(path: Path) -> dict | None:
     """The backend's choice of the run that a checkpoint lies in, where one is recorded."""
-    import json
-
     for folder in (path, *path.absolute().parents):
         file = folder / "environment.json"
         if file.exists():

@@ -1,6 +1,5 @@
 """What a checkpoint holds, and how two differ; read without building the model."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from minilm.checkpoint import find, kind, load_arrays, metadata
 from minilm.configfile import changed_keys, leaves
+from minilm.text.tokenizer import EOS, PAD, Tokenizer
 
 
 class Row(NamedTuple):
@@ -60,12 +60,15 @@ def describe(path: Path) -> Description:
         Row(key, array.shape, str(array.dtype), array.size, _norm(array))
         for key, array in load_arrays(path).items()
     ]
-    tokenizer = path / "tokenizer.json"
+    tokenizer = {}
+    if (path / "tokenizer.json").exists():
+        saved = Tokenizer.load(path / "tokenizer.json")
+        tokenizer = {"kind": saved.kind, "size": saved.vocab_size, "special": f"{PAD} {EOS}"}
     return Description(
         path,
         parameters=tuple(row for row in rows if row.key.startswith("model.")),
         others=tuple(row for row in rows if not row.key.startswith("model.")),
-        tokenizer=_tokenizer_facts(tokenizer) if tokenizer.exists() else {},
+        tokenizer=tokenizer,
         metadata=metadata(path),
     )
 
@@ -136,14 +139,6 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
     norm = _norm(a)
     with np.errstate(invalid="ignore"):
         return _norm(a.astype(np.float64) - b.astype(np.float64)) / norm if norm else math.inf
-
-
-def _tokenizer_facts(path: Path) -> dict[str, Any]:
-    """Sizes and special tokens, as the `tokenizers` library writes them."""
-    saved = json.loads(path.read_bytes())
-    special = " ".join(token["content"] for token in saved["added_tokens"])
-    sizes = {name: len(saved["model"].get(name, ())) for name in ("vocab", "merges")}
-    return {"type": saved["model"]["type"]} | sizes | {"special": special}
 
 
 def _said(value: Any) -> str:

@@ -1,8 +1,7 @@
 """Gold scorers: the truth that evaluation reads and simulated raters follow, never the trainer.
 
-A judge takes prompts and completions as text and returns one score each, the shape of TRL's reward
-functions. To add one, write such a function (options keyword-only) and name it in the config as
-`judge.name = "my_module:my_function"`, or add a row.
+A judge takes prompts and completions as text and returns one score each, as TRL's reward functions
+do. Yours (options keyword-only) is `judge.name = "my_module:my_function"`, or a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ def length(
 ) -> Float[np.ndarray, " B"]:
     """Minus the distance of a completion's number of words from `target`, in units of `target`.
 
-    For text without a grammar: a truth that any corpus has.
+    A truth that any corpus has.
 
     >>> length(["", ""], ["one two", "one two three"], target=4).tolist()
     [-0.5, -0.25]
@@ -49,11 +48,7 @@ JUDGES: dict[str, Callable[..., np.ndarray]] = {"fables": fables, "length": leng
 
 
 def judge(name: str, options: Mapping[str, object], where: str) -> Judge:
-    """The judge called `name` (a row, or "module:function") with its options fixed.
-
-    Raises:
-      UserError: unknown name or option; names the config key `where`.
-    """
+    """The judge called `name` (a row, or "module:function") with its options fixed."""
     return bind(JUDGES, name, options, where)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Column
 
 from minilm.checkpoint import write_atomically
 from minilm.errors import UserError
@@ -97,15 +96,14 @@ class Progress:
         self._console = console or Console()
         self._live = self._console.is_terminal and not self._console.is_jupyter
         self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
             BarColumn(20),
-            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True), markup=False),
+            TextColumn("{task.description}", markup=False),
             console=self._console,
             auto_refresh=False,  # no thread: `update` redraws
             get_time=time.perf_counter,
         )
-        line = f"{start}/{total}"
-        self._id = self._bar.add_task(title, total=total, completed=start, line=line)
+        self._title = title
+        self._id = self._bar.add_task(f"{title}  {start}/{total}", total=total, completed=start)
         self._task = self._bar.tasks[self._id]
         self._values: Mapping[str, Any] = {}
         self._tokens: float | int = 0
@@ -141,13 +139,14 @@ class Progress:
     def _show(self) -> None:
         task = self._task
         self._shown, self._shown_at = task.completed, time.perf_counter()
-        parts = [f"{task.completed}/{task.total}"]
-        parts += [f"{name} {float(value):.4g}" for name, value in self._values.items()]
+        parts = [self._title, f"{task.completed}/{task.total}"]
         if task.speed and self._tokens:  # over the last 30 s, without the first step's compilation
             parts.append(f"{task.speed * self._tokens:,.0f} tokens/s")
         if task.time_remaining:
             parts.append(f"{datetime.timedelta(seconds=task.time_remaining)} left")
+        parts += [f"{name} {float(value):.4g}" for name, value in self._values.items()]
         if self._live:
-            self._bar.update(self._id, line="  ".join(parts), refresh=True)
+            line = "  ".join(parts)[: self._console.width - 22]  # or the bar would make room
+            self._bar.update(self._id, description=line, refresh=True)
         else:
-            self.note("  ".join([task.description, *parts]))
+            self.note("  ".join(parts))

@@ -1,7 +1,7 @@
 """The transformer: a Qwen3-type decoder, its language-model and scalar heads, its KV cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Decoder whose parameters are float32 and named and laid out as in Qwen3.
 
-    Attributes:
-      embed_tokens: [V, D]; also the output kernel when embeddings are tied.
-      lm_head: [D, V], or None when tied.
-      score: [D], the scalar head (reward or value), zero at first; None without one.
-      compute_dtype: dtype of matrix products; reductions are float32 whatever it is.
+    `lm_head` is None where embeddings are tied, `score` [D] (reward or value) without a scalar
+    head. `compute_dtype` is that of matrix products; reductions are float32 whatever it is.
     """
 
     def __init__(
@@ -71,11 +68,8 @@ class Transformer(nnx.Module):
         self.embed_tokens = nnx.Param(embedding, axes=("vocab", "embed"))
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
         self.norm = nnx.Param(jnp.ones(d), axes=("embed",))
-        self.lm_head = (
-            None
-            if config.tie_embeddings
-            else nnx.Param(jnp.zeros((d, vocab_size)), axes=("embed", "vocab"))
-        )
+        head = None if config.tie_embeddings else jnp.zeros((d, vocab_size))
+        self.lm_head = None if head is None else nnx.Param(head, axes=("embed", "vocab"))
         self.score = nnx.Param(jnp.zeros(d), axes=("embed",)) if scalar_head else None
 
 
@@ -83,10 +77,10 @@ EMBED_STD = 0.02  # GPT-2's initialisation, Radford et al. (2019)
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, one array a layer; a jit argument and result.
+    """Keys and values of the tokens so far, one array a layer.
 
-    Each is laid out so that attending to it sums over an axis that is not the last: a decode step
-    of 64 rows then takes half the time on CPU that matrix products on [B, S, K, H] take.
+    Attending sums over an axis that is not the last: on CPU a decode step of 64 rows takes half
+    the time of matrix products on [B, S, K, H].
     """
 
     keys: tuple[Float[Array, "B K H S"], ...]
@@ -98,9 +92,8 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Final normalised hidden states, in the compute dtype.
 
-    Args:
-      segments: a token attends to earlier tokens of the same segment; padding has a segment of its
-        own, so it changes nothing else. Rotary positions are relative: no reset is needed.
+    A token attends to earlier tokens of its own segment; padding is a segment of its own. Rotary
+    positions are relative, so they need no reset.
     """
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
@@ -110,9 +103,8 @@ def hidden_states(
 
 def logits(model: Transformer, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Next-token logits, float32."""
-    if model.lm_head is None:
-        return _dot(hidden, model.embed_tokens[...].T, jnp.float32)
-    return _dot(hidden, model.lm_head[...], jnp.float32)
+    kernel = model.embed_tokens[...].T if model.lm_head is None else model.lm_head[...]
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def scalar(model: Transformer, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
@@ -136,11 +128,9 @@ def sequence_score(
 def prefill(
     model: Transformer, tokens: Int[Array, "B P"], valid: Bool[Array, "B P"], capacity: int
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads left-padded prompts; returns the last position's hidden state and the cache.
+    """Reads left-padded prompts (`valid` is False at padding); the cache has S = `capacity`.
 
-    Args:
-      valid: False at padding, which nothing attends to.
-      capacity: S, the positions the cache has room for.
+    Returns the last position's hidden state and the cache.
     """
     length = tokens.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
@@ -170,15 +160,8 @@ def cast(model: Transformer) -> Transformer:
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, model)
 
 
-def _run(
-    model: Transformer,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, " T"],
-    mask: Bool[Array, "#B #T S"],
-    cache: Cache | None = None,
-    index: Int[Array, ""] | None = None,
-) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...]]:
-    """All layers, and each layer's keys and values: of the tokens, or of the cache with them."""
+def _run(model: Transformer, tokens, positions, mask, cache: Cache | None = None, index: Any = 0):
+    """Hidden states; each layer's keys and values, of the tokens or of the cache with them."""
     x = model.embed_tokens[...].astype(model.compute_dtype)[tokens]
     rotary = _rotary(positions, model.config)
     keys, values = [], []
@@ -187,12 +170,9 @@ def _run(
         if cache is None:
             out = _attend(q, k, v, mask)
         else:
-            k = jax.lax.dynamic_update_slice_in_dim(
-                cache.keys[i], k.transpose(0, 2, 3, 1), index, axis=3
-            )
-            v = jax.lax.dynamic_update_slice_in_dim(
-                cache.values[i], v.swapaxes(1, 2), index, axis=2
-            )
+            write = jax.lax.dynamic_update_slice_in_dim
+            k = write(cache.keys[i], k.transpose(0, 2, 3, 1), index, axis=3)
+            v = write(cache.values[i], v.swapaxes(1, 2), index, axis=2)
             out = _attend_cache(q, k, v, mask)
         x = x + out @ layer.self_attn.o_proj[...].astype(x.dtype)
         x = x + _mlp(layer, x)
@@ -201,10 +181,8 @@ def _run(
     return rms_norm(x, model.norm[...]), tuple(keys), tuple(values)
 
 
-def _project(
-    layer: Block, x: Float[Array, "B T D"], rotary: tuple[Array, Array], config: ModelConfig
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Queries, keys and values, normalised and turned."""
+def _project(layer: Block, x: Float[Array, "B T D"], rotary, config: ModelConfig):
+    """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and turned."""
     attn, n, kv = layer.self_attn, config.num_heads, config.num_kv_heads
     # One product for Q, K and V: three small ones cost a fifth of the step more on CPU.
     kernels = (attn.q_proj, attn.k_proj, attn.v_proj)
@@ -216,13 +194,8 @@ def _project(
     return q, _rotate(rms_norm(k, attn.k_norm[...]), rotary), v
 
 
-def _attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "#B #T S"],
-) -> Float[Array, "B T NH"]:
-    """Softmax attention, each key head serving N / K query heads; the softmax in float32."""
+def _attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v, mask):
+    """Softmax attention [B, T, NH], a key head serving N / K query heads; softmax in float32."""
     batch, length, n, h = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, h)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
@@ -230,12 +203,7 @@ def _attend(
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, n * h)
 
 
-def _attend_cache(
-    q: Float[Array, "B 1 N H"],
-    keys: Float[Array, "B K H S"],
-    values: Float[Array, "B K S H"],
-    mask: Bool[Array, "B 1 S"],
-) -> Float[Array, "B 1 NH"]:
+def _attend_cache(q: Float[Array, "B 1 N H"], keys: Float[Array, "B K H S"], values, mask):
     """The same for one query a row, as products summed over the cache's middle axis."""
     batch, _, n, h = q.shape
     wide = q.reshape(batch, keys.shape[1], -1, h, 1).astype(jnp.float32)
@@ -245,15 +213,14 @@ def _attend_cache(
     return out.reshape(batch, 1, n * h).astype(q.dtype)
 
 
-def _softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."], width: int) -> Array:
+def _softmax(scores, mask, width: int) -> Array:
     return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, -1e30), axis=-1)
 
 
 def _mlp(layer: Block, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     mlp = layer.mlp
-    kernel = jnp.concatenate(
-        [mlp.gate_proj[...].astype(x.dtype), mlp.up_proj[...].astype(x.dtype)], axis=1
-    )
+    kernels = (mlp.gate_proj, mlp.up_proj)
+    kernel = jnp.concatenate([kernel[...].astype(x.dtype) for kernel in kernels], axis=1)
     gate, up = jnp.split(rms_norm(x, layer.post_attention_layernorm[...]) @ kernel, 2, axis=-1)
     return (jax.nn.silu(gate) * up) @ mlp.down_proj[...].astype(x.dtype)
 
@@ -281,15 +248,10 @@ def _rotate(x: Float[Array, "B T N H"], rotary: tuple[Array, Array]) -> Float[Ar
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def _dot(x: Array, kernel: Array, out_dtype) -> Array:
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
-
-
 def _kernel(rngs: nnx.Rngs, fan_in: int, fan_out: int, axes: Sequence[str]) -> nnx.Param:
     """Normal with variance 1/fan_in: unit variance in, unit variance out."""
-    return nnx.Param(
-        jax.random.normal(rngs.params(), (fan_in, fan_out)) * fan_in**-0.5, axes=tuple(axes)
-    )
+    kernel = jax.random.normal(rngs.params(), (fan_in, fan_out)) * fan_in**-0.5
+    return nnx.Param(kernel, axes=tuple(axes))
 
 
 def parameter_count(model: Transformer) -> int:
@@ -298,9 +260,9 @@ def parameter_count(model: Transformer) -> int:
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, length: int) -> int:
-    """Floating-point operations of a training step per token, forward and backward.
+    """Operations of a training step per token: 6 a matrix parameter, and attention's 12·L·N·H·T.
 
-    6 per matrix parameter, and 12·L·N·H·T for attention: Chowdhery et al. (2022), PaLM, App. B.
+    Chowdhery et al. (2022), PaLM, App. B.
     """
     d, h = config.embed_dim, config.head_dim
     attention = d * h * (2 * config.num_heads + 2 * config.num_kv_heads)

@@ -10,24 +10,17 @@ from minilm.config import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-    """Learning rate against step: linear warm-up to `peak`, then the named decay.
-
-    Args:
-      steps: of the whole run; the rate reaches `final_fraction * peak` there.
-    """
+    """Linear warm-up to `peak`, then the named decay to `final_fraction * peak` at `steps`."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     rest = max(steps - warmup, 1)
     final = config.final_fraction * peak
+    last = max(round(rest * config.decay_fraction), 1)  # "wsd": steps of decay
     decays = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
         "wsd": lambda: optax.join_schedules(
-            [
-                optax.constant_schedule(peak),
-                optax.linear_schedule(peak, final, max(round(rest * config.decay_fraction), 1)),
-            ],
-            [rest - max(round(rest * config.decay_fraction), 1)],
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, last)], [rest - last]
         ),
     }
     decay = choose(decays, config.schedule, "optimizer.schedule")()
@@ -41,10 +34,8 @@ def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW or Muon. The tree may be an NNX Module itself.
 
-    Weight decay falls on matrices of the layers only: not on norms, not on the embedding or head.
-    Muon orthogonalises the layers' kernels; embedding, head, norms and scalar head take Adam
-    (Jordan et al. 2024), here with Nesterov momentum too. `optax.contrib.muon` by default would
-    take every 2-D leaf.
+    Weight decay and Muon are for the layers' matrices; embedding, heads and norms take Adam
+    (Jordan et al. 2024). `optax.contrib.muon` by default would take every 2-D leaf.
     """
     rate = schedule(config, steps, config.learning_rate)
     rows = {
@@ -73,19 +64,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def is_layer_matrix(params):
     """A tree of booleans: True at the kernels of the layers (two dimensions, under `layers`)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.ndim == 2 and _name(path).startswith("layers."), params
-    )
+
+    def decide(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return x.ndim == 2 and name.startswith("layers.")
+
+    return jax.tree_util.tree_map_with_path(decide, params)
 
 
 def _muon_dimensions(params):
-    return jax.tree.map(
-        lambda matrix: MuonDimensionNumbers(0, 1) if matrix else None, is_layer_matrix(params)
-    )
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    matrices = is_layer_matrix(params)
+    return jax.tree.map(lambda matrix: MuonDimensionNumbers(0, 1) if matrix else None, matrices)
 
 
 def _standard_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -12,25 +12,15 @@ from minilm.model import Transformer, hidden_states, logits, scalar
 
 
 class Rollout(NamedTuple):
-    """Prompts and completions, and what several models say of each completion token.
-
-    Attributes:
-      tokens: [B, P+R], prompts left-padded.
-      segments: [B, P+R], 1 at real tokens, 0 at padding.
-      mask: [B, R], True at the completion's own tokens, its end-of-text included.
-      logprobs: [B, R], under the sampling policy, recorded while sampling.
-      ref_logprobs: [B, R], under the frozen reference.
-      values: [B, R], the critic's value before each token, or None without a critic.
-      finished: [B], whether the completion ended within R tokens.
-    """
+    """Left-padded prompts with completions (T = P + R), and what models say of each token."""
 
     tokens: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
-    mask: Bool[Array, "B R"]
-    logprobs: Float[Array, "B R"]
-    ref_logprobs: Float[Array, "B R"]
-    values: Float[Array, "B R"] | None
-    finished: Bool[Array, "B"]
+    segments: Int[Array, "B T"]  # 1 at real tokens, 0 at padding
+    mask: Bool[Array, "B R"]  # True at the completion's own tokens, its end-of-text included
+    logprobs: Float[Array, "B R"]  # under the sampling policy, recorded while sampling
+    ref_logprobs: Float[Array, "B R"]  # under the frozen reference
+    values: Float[Array, "B R"] | None  # the critic's, before each token
+    finished: Bool[Array, "B"]  # whether the completion ended within R tokens
 
 
 class Outputs(NamedTuple):
@@ -50,9 +40,7 @@ def completion_outputs(
 ) -> Outputs:
     """Log-probabilities, entropies and values of the last `width` tokens of each row.
 
-    Args:
-      temperature: divides the logits, as it did when the tokens were sampled: otherwise the ratio
-        of the first update would not be 1.
+    `temperature` divides the logits as it did in sampling, else the first ratio would not be 1.
     """
     hidden = hidden_states(model, tokens[:, :-1], segments[:, :-1])[:, -width:]
     scores = logits(model, hidden) / temperature
@@ -73,17 +61,10 @@ def complete_rollout(
     tokens = jnp.concatenate([prompts, samples.tokens], axis=1)
     segments = jnp.concatenate([prompts != pad_id, samples.mask], axis=1).astype(jnp.int32)
     width = samples.tokens.shape[1]
-    ref = completion_outputs(reference, tokens, segments, width, temperature)
+    ref = completion_outputs(reference, tokens, segments, width, temperature).logprobs
     values = None
     if model.score is not None:
         values = completion_outputs(model, tokens, segments, width, temperature).values
         values = jax.lax.stop_gradient(values)
-    return Rollout(
-        tokens,
-        segments,
-        samples.mask,
-        samples.logprobs,
-        jax.lax.stop_gradient(ref.logprobs),
-        values,
-        samples.finished,
-    )
+    ref, finished = jax.lax.stop_gradient(ref), samples.finished
+    return Rollout(tokens, segments, samples.mask, samples.logprobs, ref, values, finished)

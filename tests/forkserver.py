@@ -11,6 +11,7 @@ its process (minus the signal's number if one ended it):
 """
 
 import fnmatch
+import io
 import json
 import os
 import runpy
@@ -61,6 +62,7 @@ def child(request: dict) -> int:
 def main() -> None:
     import datasets  # noqa: F401
     import grain  # noqa: F401
+    import matplotlib.figure
     import orbax.checkpoint  # noqa: F401
 
     import minilm.cli
@@ -71,6 +73,9 @@ def main() -> None:
     import minilm.stages.pretrain
     import minilm.stages.rlhf  # noqa: F401
 
+    figure = matplotlib.figure.Figure()
+    figure.add_subplot().set_title("so that fonts are read once")
+    figure.savefig(io.BytesIO(), format="svg")
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

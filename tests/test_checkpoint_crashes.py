@@ -106,7 +106,9 @@ def no_room_left(_):
 def test_a_full_disk_leaves_older_checkpoints_as_they_were(tmp_path, monkeypatch, target, failure):
     path = save(tmp_path, 1)
     monkeypatch.setattr(target, failure)
-    with pytest.raises(UserError, match=r"cannot (save|write): .*(No space left|RESOURCE_EXHAUSTED)"):
+    with pytest.raises(
+        UserError, match=r"cannot (save|write): .*(No space left|RESOURCE_EXHAUSTED)"
+    ):
         save(tmp_path, 2)
     assert kept(tmp_path) == [1]
     assert checkpoint.latest(tmp_path) == path

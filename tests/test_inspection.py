@@ -1,6 +1,5 @@
 """What a checkpoint holds is read without a model, and the figures are right."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +9,12 @@ import pytest
 from rich.console import Console
 
 from minilm import checkpoint
+from minilm.config import TokenizerConfig
 from minilm.errors import UserError
 from minilm.inspection import describe, diff, render, render_diff
+from minilm.text.tokenizer import train_tokenizer
 
-TOKENIZER = {
-    "added_tokens": [{"id": 0, "content": "<|pad|>"}, {"id": 1, "content": "<|endoftext|>"}],
-    "model": {"type": "BPE", "vocab": {"a": 2, "b": 3, "ab": 4}, "merges": [["a", "b"]]},
-}
+TOKENIZER = train_tokenizer(TokenizerConfig(kind="bytes"), [])
 
 
 def tree(**changes) -> dict:
@@ -34,7 +32,7 @@ def tree(**changes) -> dict:
 def save(folder: Path, state: dict, config: dict | None = None, step: int = 7) -> Path:
     tokenizer = folder.parent / "tokenizer.json"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.write_text(json.dumps(TOKENIZER))
+    TOKENIZER.save(tokenizer)
     config = {"seed": 0, "model": {"num_layers": 11}} if config is None else config
     facts = {"config": config, "metrics": {"loss": 0.25}, "stage": "pretrain"}
     files = {"tokenizer.json": tokenizer}
@@ -72,12 +70,8 @@ def test_the_model_is_told_from_the_rest(tmp_path):
 
 
 def test_the_tokenizer_is_told_from_its_file(tmp_path):
-    assert describe(save(tmp_path / "checkpoints", tree())).tokenizer == {
-        "type": "BPE",
-        "vocab": 3,
-        "merges": 1,
-        "special": "<|pad|> <|endoftext|>",
-    }
+    facts = {"kind": "bytes", "size": 258, "special": "<|pad|> <|endoftext|>"}
+    assert describe(save(tmp_path / "checkpoints", tree())).tokenizer == facts
 
 
 def test_a_run_folder_will_do(tmp_path):
@@ -90,7 +84,7 @@ def test_the_page_shows_the_tree_with_shapes_norms_and_shares(tmp_path):
     assert ["parameters", "78"] in [line.split() for line in page.splitlines()]
     assert "loss=0.25" in page
     assert "num_layers=11" in page
-    assert "vocab=3" in page
+    assert "size=258" in page
     (embed,) = [line.split() for line in page.splitlines() if line.split()[:1] == ["embed"]]
     assert embed == ["embed", "4x3", "float32", "22.49", "15.4%"]
     (layers,) = [line.split() for line in page.splitlines() if line.split()[:1] == ["layers"]]

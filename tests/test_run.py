@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from minilm import checkpoint, cli
+from minilm.text.fables import stories
 
 # Issue 9, item 14.
 FIGURES = {
@@ -93,12 +93,11 @@ def test_a_changed_key_of_a_finished_stage_stops_and_is_named(
 
 def test_redo_remakes_a_stage_and_keeps_the_old_one(tiny, tiny_copy, processes):
     old, before = read(tiny_copy / "rlhf" / "done.json"), files(tiny_copy / "reward")
-    done = processes("run", tiny, "--out", tiny_copy, "--redo", "rlhf", "--rlhf.steps", 2)
+    done = processes("run", tiny, "--out", tiny_copy, "--redo", "rlhf", "--rlhf.seed", 1)
     assert done.code == 0, done.output
     assert read(tiny_copy / "rlhf.old1" / "done.json") == old
-    assert read(tiny_copy / "rlhf" / "done.json")["sections"]["rlhf"]["steps"] == 2
+    assert read(tiny_copy / "rlhf" / "done.json")["sections"]["rlhf"]["seed"] == 1
     assert checkpoint.find(tiny_copy).parent == tiny_copy / "rlhf" / "checkpoints"
-    assert checkpoint.metadata(checkpoint.find(tiny_copy))["step"] == 2
     assert files(tiny_copy / "reward") == before
 
 
@@ -109,8 +108,8 @@ def test_redo_of_a_stage_that_would_not_run_leaves_everything(tiny, tiny_run, pr
 
 
 def test_until_includes_its_stage_and_goes_no_further(tiny, tmp_path, processes):
-    words = ["--corpus.kind", "pydoc", "--pretrain.steps", 10, "--pretrain.evaluate-every", 10]
-    done = processes("run", tiny, "--out", tmp_path / "run", "--until", "pretrain", *words)
+    words = ["--corpus.kind", "pydoc", "--until", "pretrain"]
+    done = processes("run", tiny, "--out", tmp_path / "run", *words)
     assert done.code == 0, done.output
     summary = read(tmp_path / "run" / "summary.json")
     assert summary.keys() == {"pretrain", "environment"}
@@ -121,14 +120,14 @@ def test_until_includes_its_stage_and_goes_no_further(tiny, tmp_path, processes)
 
 def test_local_text_takes_the_same_door(tiny, tmp_path, processes):
     text = tmp_path / "book.txt"
-    text.write_text("".join(f"Line {n} of a book.\r\n" for n in range(400)), newline="")
-    words = ["--corpus.kind", "text", "--corpus.files", text, "--tokenizer.kind", "characters"]
-    words += ["--pretrain.steps", 10]
+    told = "\r\n\n".join(story.text for story in stories(seed=5, count=300, size="small"))
+    text.write_text(told, newline="")
+    words = ["--corpus.kind", "text", "--corpus.files", text]
     out = tmp_path / "run"
     done = processes("pretrain", tiny, "--out", out, *words)
     assert done.code == 0, done.output
     (held_out,) = map(json.loads, (out / "pretrain" / "held_out.jsonl").read_text().splitlines())
-    assert text.read_bytes().decode().endswith(held_out["text"])  # the end, "\r\n" and all
+    assert told.endswith(held_out["text"])  # the end, "\r\n" and all
     text.write_text("Another book. " * 400)
     done = processes("pretrain", tiny, "--out", out, *words)
     assert done.code == 2
@@ -190,7 +189,6 @@ def test_a_users_own_pairs_without_a_judge_serve_to_the_end(tiny, tiny_run, tmp_
     ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--init", tiny_run, "--preferences.file", pairs, "--judge.name", "none"]
-    words += ["--rlhf.steps", 2]
     done = processes("run", tiny, "--out", tmp_path / "run", *words)
     assert done.code == 0, done.output
     summary = read(tmp_path / "run" / "summary.json")
@@ -234,7 +232,7 @@ def test_one_process_at_a_time_works_in_a_run_folder(tiny, tiny_copy, processes)
 
 def test_the_folder_is_named_after_the_config(tiny, tiny_run, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
-    os.symlink(tiny_run, tmp_path / "runs" / "tiny")
+    (tmp_path / "runs" / "tiny").symlink_to(tiny_run)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", str(tiny)]) == 0
     assert "are done in runs/tiny" in capsys.readouterr().out

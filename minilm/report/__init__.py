@@ -11,9 +11,6 @@ def write(run: Path) -> Path:
     """Writes `report.html` into a run folder and returns its path.
 
     The same files give the same page, byte for byte. Stages that have not run yet say so.
-
-    Raises:
-      UserError: not a run folder, or a file in it that cannot be read or written.
     """
     page = run / "report.html"
     write_atomically(page, render(RunFolder(run)).encode("utf-8"))

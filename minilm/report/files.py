@@ -1,12 +1,10 @@
 """What a run folder holds, read without JAX, so that `minilm report` answers at once."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from minilm import configfile, metrics
-from minilm.config import Config
 from minilm.errors import UserError
 
 
@@ -18,65 +16,46 @@ class Figures(dict[str, Any]):
 
 
 class RunFolder:
-    """A run folder, of which any file but the config may be missing: it then reads as empty.
-
-    Attributes:
-      init: what was given as `--init`, or None.
-      source: the folder that holds `pretrain/`; after `--init` another run's.
-    """
+    """A run folder, of which any file but the config may be missing: it then reads as empty."""
 
     def __init__(self, path: Path):
-        if not (path / "config.toml").is_file():
+        file = path / "config.toml"
+        if not file.is_file():
             hint = "give the folder that `minilm run CONFIG` made, such as runs/quick"
             raise UserError("not a run folder: there is no config.toml", where=path, hint=hint)
-        self.path = path
+        self.config = configfile.load(file)
+        self.config_text = _text(file)
+        self.name = "/".join(path.resolve().parts[-2:])  # as commands name it: runs/quick
+        self._path = path
         self.environment = _parsed(_text(path / "environment.json") or "{}", str(path))
-        self.init: str | None = self.environment["init"]
+        self.init: str | None = self.environment["init"]  # what was given as --init
         # A run that was moved together with the one it starts from still finds it beside itself.
         places = [Path(self.init), path.parent / Path(self.init).name] if self.init else [path]
-        self.source = next((p for p in places if (p / "pretrain").is_dir()), places[0])
+        self._source = next((p for p in places if (p / "pretrain").is_dir()), places[0])
 
-    @functools.cached_property
-    def config(self) -> Config:
-        return configfile.load(self.path / "config.toml")
-
-    @property
-    def config_text(self) -> str:
-        return _text(self.path / "config.toml")
-
-    @property
-    def name(self) -> str:
-        """Folder and its parent, as commands name it: runs/quick."""
-        return "/".join(self.path.resolve().parts[-2:])
-
-    def stage(self, name: str) -> Path:
-        return (self.source if name == "pretrain" else self.path) / name
-
-    def summary(self, stage: str) -> Figures:
-        return Figures(self.json(stage, "done.json")["summary"] or {})
+    def _file(self, stage: str, file: str) -> Path:
+        return (self._source if stage == "pretrain" else self._path) / stage / file
 
     def json(self, stage: str, file: str) -> Figures:
-        path = self.stage(stage) / file
+        path = self._file(stage, file)
         return _parsed(_text(path) or "{}", str(path))
 
     def rows(self, stage: str, file: str) -> list[Figures]:
         """The objects of a JSON Lines file."""
-        path = self.stage(stage) / file
+        path = self._file(stage, file)
         lines = enumerate(_text(path).split("\n"), start=1)
         return [_parsed(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
     def metrics(self, stage: str, kind: str) -> list[Figures]:
         """The "train" or "eval" records of a stage, in the order of their steps."""
-        path = self.stage(stage) / "metrics.jsonl"
+        path = self._file(stage, "metrics.jsonl")
         records = metrics.read(path) if path.exists() else []
         return [Figures(r) for r in records if r["kind"] == kind]
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
+        return path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read: {error}", where=path) from error
 

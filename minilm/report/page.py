@@ -14,7 +14,6 @@ from minilm.report.plots import Line, Panel
 from minilm.text.fables import parse
 
 GOODHART_DROP = 0.3  # gold this far below its peak, while proxy rose, is called Goodhart
-LONG = 1800  # characters of a text shown
 LOUD = 5.0  # nats at which a token's colour is full
 
 type Number = float | int
@@ -32,25 +31,29 @@ def render(run: RunFolder) -> str:
     )
     environment.filters |= {f.__name__: f for f in (fixed, percent, count, duration, shade)}
     corpus, stages = run.config.corpus, ("pretrain", "preferences", "reward", "rlhf")
+    records = {stage: run.json(stage, "done.json") for stage in stages}
+    evaluations, samples = run.metrics("rlhf", "eval"), run.rows("rlhf", "samples.jsonl")
+    pairs = run.rows("preferences", "train.jsonl")[:200]
+
+    def disagreement(pair: Figures) -> float:
+        """A pair that most but not all raters agree on shows what a label is."""
+        return abs((pair["votes_chosen"] or 1) / (pair["votes"] or 1) - 0.8)
+
     return environment.get_template("page.html.j2").render(
         run=run,
-        config=run.config,
         size=corpus.size if isinstance(corpus, FablesCorpus) else None,
-        done={stage: run.summary(stage) for stage in stages},
-        seconds=sum(run.json(stage, "done.json")["wall_seconds"] or 0.0 for stage in stages),
+        done={stage: Figures(record["summary"] or {}) for stage, record in records.items()},
+        seconds=sum(record["wall_seconds"] or 0.0 for record in records.values()),
         first=next(iter(run.metrics("pretrain", "eval")), Figures()),
         text=_text(run),
         plots=_plots(run),
         stories=_stories(run),
         charges=_charges(run.json("pretrain", "loss_map.json")),
-        sheet=run.json("preferences", "datasheet.json"),
-        pair=_pair(run),
-        card=run.json("reward", "evaluation.json"),
-        policy=run.json("rlhf", "evaluation.json"),
-        goodhart=goodhart(run.metrics("rlhf", "eval")),
-        judged=any(r["gold"] is not None for r in run.metrics("rlhf", "eval")),
-        completions=_completions(run.rows("rlhf", "samples.jsonl")),
-        prompts=len(run.rows("rlhf", "samples.jsonl")),
+        pair=min(pairs, key=disagreement, default=None),
+        goodhart=goodhart(evaluations),
+        judged=any(r["gold"] is not None for r in evaluations),
+        completions=_completions(samples),
+        samples=samples,
         loud=LOUD,
     )
 
@@ -59,71 +62,54 @@ def _plots(run: RunFolder) -> dict[str, Markup | None]:
     """Every figure by name, None where there is nothing to draw."""
     train, held_out = run.metrics("pretrain", "train"), run.metrics("pretrain", "eval")
     reward, policy = run.metrics("reward", "train"), run.metrics("rlhf", "train")
-    sheet = run.json("preferences", "datasheet.json")
     table = run.json("reward", "evaluation.json")["reliability"]
-    floor = next((r["entropy_floor"] for r in held_out[::-1]), None)
     above = [r for r in held_out if r["excess_loss"] is not None and r["excess_loss"] > 0]
-    bayes = (sheet["bayes_log_loss"], "Bayes floor")
+    floor = (next((r["entropy_floor"] for r in held_out[::-1]), None), "entropy floor")
+    bayes = (run.json("preferences", "datasheet.json")["bayes_log_loss"], "Bayes floor")
     pairs = [p for p in run.rows("preferences", "train.jsonl") if p["gold_chosen"] is not None]
     gold = [
         (name, [p[f"gold_{name}"] for p in pairs], colour)
         for name, colour in (("chosen", plots.GOLD), ("rejected", plots.SOFT))
     ]
-
-    def line(rows: Sequence[Figures], key: str, label: str, colour: str, marks: str = "") -> Line:
-        return Line([r["step"] for r in rows], [r[key] for r in rows], label, colour, marks)
-
     loss = [
-        line(train, "loss", "training", plots.TRAIN),
-        line(held_out, "validation_loss", "held out", plots.MODEL, "o"),
+        _line(train, "loss", "training", plots.TRAIN),
+        _line(held_out, "validation_loss", "held out", plots.MODEL, "o"),
     ]
-    excess = line(above, "excess_loss", "held out", plots.MODEL, "o")
-    preference = line(reward, "loss", "training", plots.TRAIN)
-    accuracy = line(reward, "accuracy", "training", plots.TRAIN)
-    policy_panels = [
-        Panel("proxy", [line(policy, "objective/scores", "proxy", plots.PROXY)]),
-        Panel("KL, nats", [line(policy, "objective/kl", "KL", plots.MODEL)]),
-        Panel("tokens", [line(policy, "completions/mean_length", "length", plots.SOFT)]),
+    excess = _line(above, "excess_loss", "held out", plots.MODEL, "o")
+    votes = _line(reward, "loss", "training", plots.TRAIN)
+    accuracy = _line(reward, "accuracy", "training", plots.TRAIN)
+    during = [
+        Panel("proxy", [_line(policy, "objective/scores", "proxy", plots.PROXY)]),
+        Panel("KL, nats", [_line(policy, "objective/kl", "KL", plots.MODEL)]),
+        Panel("tokens", [_line(policy, "completions/mean_length", "length", plots.SOFT)]),
     ]
-    return {
-        "loss": plots.curves("loss", "step", [Panel("nats/token", loss, (floor, "entropy floor"))]),
-        "excess": plots.curves("excess", "step", [Panel("nats/token", [excess], scale="log")]),
-        "gold": plots.histograms("gold", "gold score", gold) if pairs else None,
-        "reward": plots.curves("reward", "step", [Panel("nats", [preference], bayes)]),
-        "accuracy": plots.curves("accuracy", "step", [Panel("share", [accuracy])]),
-        "reliability": plots.reliability("reliability", table) if table else None,
-        "policy": plots.curves("policy", "step", policy_panels, height=4.0),
-        **_against_kl(run.metrics("rlhf", "eval")),
-    }
-
-
-def _against_kl(rows: Sequence[Figures]) -> dict[str, Markup | None]:
-    def lines(*names: tuple[str, str, str]) -> list[Line]:
-        return [
-            Line(
-                [r["kl"] for r in rows],
-                [r[key] for r in rows],
-                label,
-                colour,
-                "o",
-                ([r[f"{key}_low"] for r in rows], [r[f"{key}_high"] for r in rows])
-                if f"{key}_low" in rows[0]
-                else None,
-                rows[0][f"reference/{key}"],
-            )
-            for key, label, colour in names
-            if rows and rows[0][key] is not None
-        ]
-
-    scores = lines(("proxy", "proxy", plots.PROXY), ("gold", "gold", plots.GOLD))
-    shares = lines(
-        ("parse_share", "parse share", plots.PARSE), ("gold_win_rate", "gold win rate", plots.GOLD)
-    )
+    after = run.metrics("rlhf", "eval")
+    proxy = _line(after, "proxy", "proxy", plots.PROXY, "o", x="kl")
+    truth = _line(after, "gold", "gold", plots.GOLD, "o", x="kl")
+    parses = _line(after, "parse_share", "parse share", plots.PARSE, "o", x="kl")
+    wins = _line(after, "gold_win_rate", "gold win rate", plots.GOLD, "o", x="kl")
     axis = "KL to the model before, nats a completion"
     return {
-        "scores": plots.curves("scores", axis, [Panel("score", scores)]),
-        "shares": plots.curves("shares", axis, [Panel("share", shares, scale="share")]),
+        "loss": plots.curves("loss", "step", [Panel("nats/token", loss, floor)]),
+        "excess": plots.curves("excess", "step", [Panel("nats/token", [excess], scale="log")]),
+        "gold": plots.histograms("gold", "gold score", gold) if pairs else None,
+        "reward": plots.curves("reward", "step", [Panel("nats", [votes], bayes)]),
+        "accuracy": plots.curves("accuracy", "step", [Panel("share", [accuracy])]),
+        "reliability": plots.reliability("reliability", table) if table else None,
+        "policy": plots.curves("policy", "step", during, height=4.0),
+        "scores": plots.curves("scores", axis, [Panel("score", [proxy, truth])]),
+        "shares": plots.curves("shares", axis, [Panel("share", [parses, wins], scale="share")]),
     }
+
+
+def _line(
+    rows: Sequence[Figures], key: str, label: str, colour: str, marks: str = "", x: str = "step"
+) -> Line:
+    """A curve of one figure, with its interval and its value before training, where given."""
+    first = rows[0] if rows else Figures()
+    ends = [r[f"{key}_low"] for r in rows], [r[f"{key}_high"] for r in rows]
+    band, start = ends if f"{key}_low" in first else None, first[f"reference/{key}"]
+    return Line([r[x] for r in rows], [r[key] for r in rows], label, colour, marks, band, start)
 
 
 def _text(run: RunFolder) -> Figures | None:
@@ -139,17 +125,16 @@ def _text(run: RunFolder) -> Figures | None:
         characters=sum(len(d["text"]) for d in documents),
         distinct=len({w.strip(".,;:!?\"'()“”‘’").lower() for text in words for w in text}),
         nats=-sum(known) if len(known) == len(documents) else None,
-        example=_cut(documents[0]["text"]),
+        example=documents[0]["text"],
     )
 
 
 def _stories(run: RunFolder) -> list[Figures]:
     """The first two samples and the first of each way to fail; `rest` is what left the grammar."""
     corpus, shown, seen = run.config.corpus, [], set()
-    for number, row in enumerate(run.rows("pretrain", "samples.jsonl")):
-        text = row["text"]
+    for number, text in enumerate(row["text"] for row in run.rows("pretrain", "samples.jsonl")):
         if not isinstance(corpus, FablesCorpus):
-            shown += [Figures(text=_cut(text))] if number < 3 else []
+            shown += [Figures(text=text)] if number < 3 else []
             continue
         read = parse(text, size=corpus.size)
         if number < 2 or (read.failure and read.failure not in seen):
@@ -175,14 +160,6 @@ def _charges(stored: Figures) -> Figures | None:
     return Figures(tokens=tokens, known=known, model=sum(model), exact=sum(exact), worst=worst)
 
 
-def _pair(run: RunFolder) -> Figures | None:
-    """A pair that most but not all raters agree on: it shows what a label is."""
-    pairs = run.rows("preferences", "train.jsonl")[:200]
-    votes = [(p["votes_chosen"] or 1) / (p["votes"] or 1) for p in pairs]
-    found = min(range(len(pairs)), key=lambda i: abs(votes[i] - 0.8), default=None)
-    return None if found is None else Figures(pairs[found])
-
-
 def _completions(rows: Sequence[Figures]) -> list[Figures]:
     """The first three prompts, and the one whose completion the proxy overrates most."""
     rest = [r for r in rows[3:] if r["gold_after"] is not None]
@@ -191,12 +168,7 @@ def _completions(rows: Sequence[Figures]) -> list[Figures]:
 
 
 def goodhart(evaluations: Sequence[Mapping[str, Any]]) -> str | None:
-    """One sentence with figures where gold turned down under a rising proxy, else None.
-
-    >>> rows = [{"step": s, "kl": s, "proxy": s, "gold": g} for s, g in enumerate((0, 1, 0.2))]
-    >>> goodhart(rows)[:62]
-    'Goodhart: gold peaked at 1.00 at KL 1.0 (step 1) and then fell'
-    """
+    """One sentence with figures where gold turned down under a rising proxy, else None."""
     known = [e for e in evaluations if e["gold"] is not None]
     if not known:
         return None
@@ -205,15 +177,10 @@ def goodhart(evaluations: Sequence[Mapping[str, Any]]) -> str | None:
     if drop < GOODHART_DROP or last["proxy"] <= peak["proxy"]:
         return None
     return (
-        f"Goodhart: gold peaked at {fixed(peak['gold'], 2)} at KL {fixed(peak['kl'], 1)} "
-        f"(step {peak['step']}) and then fell by {fixed(drop, 2)} to {fixed(last['gold'], 2)} at "
-        f"KL {fixed(last['kl'], 1)}, while proxy rose from {fixed(peak['proxy'], 2)} to "
-        f"{fixed(last['proxy'], 2)}."
-    )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONG else text[:LONG].rstrip() + " …"
+        f"Goodhart: gold peaked at {peak['gold']:.2f} at KL {peak['kl']:.1f} (step {peak['step']}) "
+        f"and then fell by {drop:.2f} to {last['gold']:.2f} at KL {last['kl']:.1f}, while proxy "
+        f"rose from {peak['proxy']:.2f} to {last['proxy']:.2f}."
+    ).replace("-", "−")
 
 
 def shade(nats: Number) -> str:
@@ -222,34 +189,18 @@ def shade(nats: Number) -> str:
 
 
 def fixed(value: Number | None, digits: int) -> str:
-    """
-    >>> fixed(-0.25, 1), fixed(None, 2)
-    ('−0.2', '–')
-    """
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def percent(share: Number | None, digits: int = 0) -> str:
-    """
-    >>> percent(0.8125, 1)
-    '81.2 %'
-    """
     return "–" if share is None else f"{fixed(100 * share, digits)} %"
 
 
 def count(number: Number | None) -> str:
-    """
-    >>> count(64000)
-    '64,000'
-    """
     return "–" if number is None else f"{number:,.0f}"
 
 
 def duration(seconds: Number | None) -> str:
-    """
-    >>> duration(12.34), duration(135)
-    ('12.3 s', '2 min 15 s')
-    """
     if seconds is None or seconds < 60:
         return f"{fixed(seconds, 1)} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -257,11 +208,7 @@ def duration(seconds: Number | None) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Control, direction-changing and unpaired characters as escapes: a page must not obey them.
-
-    >>> visible("a\x00\u202eb\n")
-    'a\\x00\\u202eb\n'
-    """
+    """Control, direction-changing and unpaired characters as escapes: a page must not obey them."""
     if isinstance(text, Markup) or text.isprintable():
         return text
     odd = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs")} - {"\n", "\t"}

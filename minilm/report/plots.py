@@ -8,32 +8,19 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 # matplotlib draws in placeholder colours, which are then replaced by what they stand for.
-INK, GRID, TRAIN, MODEL, PROXY, GOLD, PARSE, SOFT = (f"#0101{n:02}" for n in range(8))
-_VARIABLES = {
-    INK: "ink", GRID: "line", TRAIN: "train", MODEL: "model",
-    PROXY: "proxy", GOLD: "gold", PARSE: "parse", SOFT: "soft",
-}  # fmt: skip
+_VARIABLES = ("ink", "line", "train", "model", "proxy", "gold", "parse", "soft")
+_PLACEHOLDERS = tuple(f"#0101{n:02}" for n in range(8))
+INK, GRID, TRAIN, MODEL, PROXY, GOLD, PARSE, SOFT = _PLACEHOLDERS
 _DASHED = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 1.2}
 _WIDTH = 4.7  # inches: the points of a telephone's width, so that text keeps its size there
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be found, read aloud, and takes our font
-    "font.size": 9.5,
-    "font.sans-serif": ["DejaVu Sans"],
-    "axes.edgecolor": SOFT,
-    "axes.labelcolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "text.color": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
+    "font.size": 9.5, "font.sans-serif": ["DejaVu Sans"], "text.color": INK,
+    "axes.edgecolor": SOFT, "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
+    "lines.linewidth": 1.7, "lines.markersize": 4.5, "legend.frameon": False, "legend.fontsize": 9,
+}  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -58,12 +45,9 @@ class Panel(NamedTuple):
 
 
 def curves(name: str, xlabel: str, panels: Sequence[Panel], height: float = 2.7) -> Markup | None:
-    """Panels one below the other over a common x axis, None where all are empty.
-
-    Args:
-      name: unique on the page.
-    """
-    panels = [p for p in panels if any(any(v is not None for v in line.y) for line in p.lines)]
+    """Panels one below the other over a common x axis, None where all are empty."""
+    some = [[x for x in p.lines if any(y is not None for y in x.y)] for p in panels]
+    panels = [p._replace(lines=lines) for p, lines in zip(panels, some, strict=True) if lines]
 
     def draw(axes: Sequence[Any]) -> None:
         for ax, panel in zip(axes, panels, strict=True):
@@ -91,9 +75,7 @@ def reliability(name: str, rows: Sequence[Sequence[float | int]]) -> Markup:
     return _svg(name, draw, 1, 3.6)
 
 
-def histograms(
-    name: str, xlabel: str, groups: Sequence[tuple[str, Sequence[float], str]]
-) -> Markup:
+def histograms(name: str, xlabel: str, groups: Sequence[tuple[str, Any, str]]) -> Markup:
     """Outlined histograms over common bins; groups of (label, values, colour)."""
 
     def draw(axes: Sequence[Any]) -> None:
@@ -109,6 +91,8 @@ def histograms(
 
 
 def _draw_panel(ax: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for line in panel.lines:
         y = [float("nan") if v is None else v for v in line.y]
         ax.plot(line.x, y, color=line.colour, marker=line.marks, label=line.label)
@@ -121,22 +105,16 @@ def _draw_panel(ax: Any, panel: Panel) -> None:
         ax.axhline(bound, label=label, **_DASHED)
     ax.set_ylabel(panel.ylabel)
     if panel.scale == "log":
-        _log_axis(ax)
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
+        # Plain numbers: powers of ten are set in mathematics, which SVG text is not.
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     if panel.scale == "share":
         ax.set_ylim(-0.03, 1.03)
     if len(panel.lines) > 1 or bound is not None:
         ax.legend()
-
-
-def _log_axis(ax: Any) -> None:
-    """Plain numbers as tick labels: powers of ten are set in mathematics, which SVG text is not."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _svg(name: str, draw: Callable[[Sequence[Any]], None], rows: int, height: float) -> Markup:
@@ -149,17 +127,13 @@ def _svg(name: str, draw: Callable[[Sequence[Any]], None], rows: int, height: fl
         draw(list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]))
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
-    return Markup(_inline(out.getvalue(), name))
-
-
-def _inline(svg: str, name: str) -> str:
-    """A matplotlib file as an element of the page: no prolog, metadata or style; ids of its own."""
-    svg = svg[svg.index("<svg") :]
+    # An element of the page: no prolog, metadata or style; ids of its own.
+    svg = out.getvalue()[out.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" role="img">', svg)
     svg = re.sub(r'\bid="|\burl\(#|xlink:href="#', rf"\g<0>{name}-", svg)
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"font(-family)?: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font\1: \2inherit", svg)
-    for placeholder, variable in _VARIABLES.items():
+    for placeholder, variable in zip(_PLACEHOLDERS, _VARIABLES, strict=True):
         svg = svg.replace(placeholder, f"var(--{variable})")
-    return re.sub(r"\n\s*", "\n", svg)
+    return Markup(re.sub(r"\n\s*", "\n", svg))

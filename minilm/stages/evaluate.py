@@ -1,6 +1,7 @@
 """Measuring a language model: held-out loss document by document, sampled texts, how they parse."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -51,10 +52,7 @@ def language_report(
 ) -> dict[str, float | None]:
     """Held-out metrics over whole documents; losses in nats a token.
 
-    Returns:
-      validation_loss, validation_nats_per_character, validation_bits_per_byte, perplexity,
-      accuracy; where every document knows its exact log-probability also entropy_floor,
-      excess_loss and excess_per_document (else None).
+    `entropy_floor` and the excess over it are None where a document lacks its log-probability.
     """
     texts = [d.text for d in documents]
     losses = document_losses(model, tokenizer, texts, max_length=max_length)
@@ -93,29 +91,42 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> tuple[np.ndarray, Samples]:
-    """Completions of prompts, in batches of one shape, so that one compilation serves them all.
+    """Prompts as left-padded rows [N, P], start token first, and their completions, as NumPy."""
+    rows = prompt_rows(prompts, tokenizer, max_prompt_tokens)
+    numbers = itertools.count()
 
-    Returns:
-      The prompts' tokens, left-padded to `max_prompt_tokens`, start token included, and the
-      samples as NumPy arrays, in the order of the prompts.
-    """
-    encoded = [[tokenizer.eos_id, *ids] for ids in tokenizer.encode_batch(list(prompts))]
-    rows = left_pad(encoded, tokenizer.pad_id, max_prompt_tokens)
-    parts = []
-    for number, start in enumerate(range(0, len(rows), batch_size)):
-        part = rows[start : start + batch_size]
-        full = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)])
-        samples = generate(
+    def part(prompts):
+        return generate(
             model,
-            jnp.asarray(full),
-            jax.random.fold_in(key, number),
+            jnp.asarray(prompts),
+            jax.random.fold_in(key, next(numbers)),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
-        parts.append(jax.tree.map(lambda x, n=len(part): np.asarray(x)[:n], samples))
-    return rows, jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+    return rows, batched(part, [rows], batch_size)
+
+
+def prompt_rows(prompts: Sequence[str], tokenizer: Tokenizer, length: int) -> np.ndarray:
+    """Prompts as left-padded rows [N, P], start token first."""
+    encoded = [[tokenizer.eos_id, *ids] for ids in tokenizer.encode_batch(list(prompts))]
+    return left_pad(encoded, tokenizer.pad_id, length)
+
+
+def batched(function: Callable, arrays: Sequence, size: int):
+    """`function` over slices of `size` rows, so one compilation serves all; its results joined.
+
+    The last slice is filled up with its last row, and what that row gives is dropped.
+    """
+    results = []
+    for start in range(0, len(arrays[0]), size):
+        parts = [x[start : start + size] for x in arrays]
+        count = len(parts[0])
+        parts = [np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for x in parts]
+        results.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], function(*parts)))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *results)
 
 
 def texts_of(samples: Samples, tokenizer: Tokenizer) -> list[str]:

@@ -14,33 +14,25 @@ from minilm.losses.language import entropy, kl_divergence
 from minilm.model import Transformer, hidden_states, logits
 from minilm.rewards import Normalization, learned_reward
 from minilm.rollout import Rollout
-from minilm.stages.evaluate import parse_report, sample, texts_of
+from minilm.stages.evaluate import batched, parse_report, sample, texts_of
 from minilm.stages.reward import load_normalization
 from minilm.stages.workspace import Workspace, write_jsonl
 from minilm.text.prompts import prompt_sets
 
 
 class Scored(NamedTuple):
-    """Completions of prompts with what proxy and gold say of them.
-
-    Attributes:
-      prompts: texts, one a completion; rows: their tokens, left-padded.
-      gold: [N], or None where there is no judge.
-    """
+    """N completions, their prompts as texts and left-padded rows, and what they score."""
 
     prompts: list[str]
     rows: np.ndarray
     samples: Samples
     texts: list[str]
     proxy: np.ndarray
-    gold: np.ndarray | None
+    gold: np.ndarray | None  # None where there is no judge
 
 
 class PolicyEvaluator:
-    """Compares policies with the reference on the development or the evaluation prompts.
-
-    The reference's completions are sampled and scored once a prompt set.
-    """
+    """Compares policies with the reference on the development or the evaluation prompts."""
 
     def __init__(self, ws: Workspace):
         self.ws = ws
@@ -60,19 +52,14 @@ class PolicyEvaluator:
     def __call__(
         self, policy: Transformer, prompt_set: str, samples_file: str | None = None
     ) -> dict[str, float | None]:
-        """Figures of a policy, at temperature 1 without truncation.
+        """Figures of a policy at temperature 1, and under `reference/` those of the reference.
 
-        Returns:
-          proxy, gold (means), kl (nats a completion, exact over the vocabulary, on the policy's
-          own samples), entropy (nats a completion), length (tokens), ended (share), parse_share
-          and failures on fables, gold_win_rate with its interval; the reference's proxy, gold and
-          parse_share under `reference/`.
+        kl and entropy are nats a completion, on the policy's own samples; length is in tokens.
         """
         ours = self.score(policy, self.prompts[prompt_set], seed=42)
         theirs = self.references(prompt_set)
-        kl, ent = exact_kl(
-            policy, self.reference, ours.rows, ours.samples, self.ws.tokenizer.pad_id
-        )
+        pad_id = self.ws.tokenizer.pad_id
+        kl, ent = exact_kl(policy, self.reference, ours.rows, ours.samples, pad_id)
         figures = self._figures(ours) | {"kl": float(kl.mean()), "entropy": float(ent.mean())}
         if ours.gold is not None and theirs.gold is not None:
             reference_gold = theirs.gold.reshape(len(ours.texts), -1)
@@ -84,24 +71,13 @@ class PolicyEvaluator:
         return figures
 
     def score(self, model: Transformer, prompts: Sequence[str], *, seed: int) -> Scored:
-        config, tokenizer = self.ws.config, self.ws.tokenizer
-        rows, samples = sample(
-            model,
-            tokenizer,
-            prompts,
-            jax.random.fold_in(jax.random.key(config.seed), seed),
-            max_prompt_tokens=config.prompts.max_tokens,
-            max_new_tokens=config.prompts.max_new_tokens,
-        )
+        config, tokenizer, sizes = self.ws.config, self.ws.tokenizer, self.ws.config.prompts
+        key = jax.random.fold_in(jax.random.key(config.seed), seed)
+        limits = {"max_prompt_tokens": sizes.max_tokens, "max_new_tokens": sizes.max_new_tokens}
+        rows, samples = sample(model, tokenizer, prompts, key, **limits)
         texts = texts_of(samples, tokenizer)
-        proxy = proxy_scores(
-            self.reward_model,
-            rows,
-            samples,
-            self.normalization,
-            config.rlhf.missing_eos_score,
-            tokenizer.pad_id,
-        )
+        missing, pad = config.rlhf.missing_eos_score, tokenizer.pad_id
+        proxy = proxy_scores(self.reward_model, rows, samples, self.normalization, missing, pad)
         gold = None if self.judge is None else self.judge(list(prompts), texts)
         return Scored(list(prompts), rows, samples, texts, proxy, gold)
 
@@ -120,22 +96,18 @@ class PolicyEvaluator:
     def _write(self, name: str, ours: Scored, theirs: Scored, kl: np.ndarray) -> None:
         """Completions before and after, side by side."""
         every = len(theirs.texts) // len(ours.texts)
-        rows = []
-        for i, prompt in enumerate(ours.prompts):
-            row = {
-                "prompt": prompt,
-                "before": theirs.texts[i * every],
-                "after": ours.texts[i],
-                "proxy_before": float(theirs.proxy[i * every]),
-                "proxy_after": float(ours.proxy[i]),
-                "kl": float(kl[i]),
-            }
-            if ours.gold is not None and theirs.gold is not None:
-                row |= {
-                    "gold_before": float(theirs.gold[i * every]),
-                    "gold_after": float(ours.gold[i]),
-                }
-            rows.append(row)
+        columns = {
+            "prompt": ours.prompts,
+            "before": theirs.texts[::every],
+            "after": ours.texts,
+            "proxy_before": theirs.proxy[::every].tolist(),
+            "proxy_after": ours.proxy.tolist(),
+            "kl": kl.tolist(),
+        }
+        if ours.gold is not None and theirs.gold is not None:
+            columns["gold_before"] = theirs.gold[::every].tolist()
+            columns["gold_after"] = ours.gold.tolist()
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         write_jsonl(self.ws.stage("rlhf") / name, rows)
 
 
@@ -149,14 +121,19 @@ def proxy_scores(
     batch_size: int = 64,
 ) -> np.ndarray:
     """The normalised learned reward of each completion, as RLHF is paid."""
+
+    def part(*arrays):
+        return _proxy(reward_model, *arrays, normalization, missing_eos_score)
+
+    arrays = (*_joined(rows, samples, pad_id), samples.mask, samples.finished)
+    return batched(part, arrays, batch_size)
+
+
+def _joined(rows: np.ndarray, samples: Samples, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments of prompts with their completions."""
     tokens = np.concatenate([rows, samples.tokens], axis=1)
-    segments = np.concatenate([rows != pad_id, samples.mask], axis=1).astype(np.int32)
-    (scores,) = _batched(
-        lambda *parts: (_proxy(reward_model, *parts, normalization, missing_eos_score),),
-        (tokens, segments, samples.mask, samples.finished),
-        batch_size,
-    )
-    return scores
+    segments = np.concatenate([rows != pad_id, samples.mask], axis=1)
+    return tokens, segments.astype(np.int32)
 
 
 @jax.jit
@@ -190,25 +167,8 @@ def exact_kl(
     batch_size: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact full-vocabulary KL and entropy of each completion, at sampling temperature 1."""
-    tokens = np.concatenate([prompts, samples.tokens], axis=1)
-    segments = np.concatenate([prompts != pad_id, samples.mask], axis=1).astype(np.int32)
-    kl, ent = _batched(
-        lambda *parts: _exact_kl(model, reference, *parts),
-        (tokens, segments, samples.mask),
-        batch_size,
-    )
-    return kl, ent
-
-
-def _batched(function, arrays: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
-    """`function` over slices of one shape (the last padded with zeros), results joined."""
-    results = []
-    for start in range(0, len(arrays[0]), size):
-        parts = [x[start : start + size] for x in arrays]
-        short = size - len(parts[0])
-        parts = [np.pad(x, ((0, short), *[(0, 0)] * (x.ndim - 1))) for x in parts]
-        results.append([np.asarray(r)[: size - short] for r in function(*parts)])
-    return [np.concatenate(x) for x in zip(*results, strict=True)]
+    arrays = (*_joined(prompts, samples, pad_id), samples.mask)
+    return batched(lambda *parts: _exact_kl(model, reference, *parts), arrays, batch_size)
 
 
 def win_rate(

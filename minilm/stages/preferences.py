@@ -1,6 +1,7 @@
 """Preferences: completions sampled from the pretrained model, all pairs labelled by raters."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,17 +27,12 @@ def preferences(ws: Workspace) -> dict:
     pairs = from_file(Path(config.file)) if config.file else _simulated(ws)
     prompts = list(dict.fromkeys(p.prompt for p in pairs))
     if len(prompts) < 2:
-        raise UserError(
-            "the pairs need at least two different prompts to be split by prompt",
-            where=config.file or "preferences",
-            value=len(prompts),
-        )
+        problem = "the pairs need at least two different prompts to be split by prompt"
+        raise UserError(problem, where=config.file or "preferences", value=len(prompts))
     order = np.random.default_rng((ws.config.seed, 21)).permutation(len(prompts))
     count = min(max(1, round(config.held_out * len(prompts))), len(prompts) - 1)
     held = {prompts[i] for i in order[:count]}
-    train = [p for p in pairs if p.prompt not in held]
-    if config.max_pairs is not None:
-        train = train[: config.max_pairs]
+    train = [p for p in pairs if p.prompt not in held][: config.max_pairs]
     held_out = [p for p in pairs if p.prompt in held]
     folder = ws.stage("preferences")
     write_text(folder / "train.jsonl", dump_pairs(train))
@@ -65,34 +61,22 @@ def describe(pairs: list[Pair], ws: Workspace) -> dict:
 
 
 def _simulated(ws: Workspace) -> list[Pair]:
-    config, tokenizer = ws.config.preferences, ws.tokenizer
+    config, sizes, tokenizer = ws.config.preferences, ws.config.prompts, ws.tokenizer
     gold = configured(ws.config)
     if gold is None:
         raise UserError("there is no judge to label pairs", where="judge.name", value="none")
     prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).preferences
     repeated = [p for p in prompts for _ in range(config.completions)]
-    _, samples = sample(
-        ws.load("pretrain"),
-        tokenizer,
-        repeated,
-        jax.random.fold_in(jax.random.key(ws.config.seed), 22),
-        max_prompt_tokens=ws.config.prompts.max_tokens,
-        max_new_tokens=ws.config.prompts.max_new_tokens,
-        temperature=config.temperature,
-        batch_size=config.batch_size,
-    )
+    key = jax.random.fold_in(jax.random.key(ws.config.seed), 22)
+    dials: dict[str, Any] = {"batch_size": config.batch_size, "temperature": config.temperature}
+    dials |= {"max_prompt_tokens": sizes.max_tokens, "max_new_tokens": sizes.max_new_tokens}
+    _, samples = sample(ws.load("pretrain"), tokenizer, repeated, key, **dials)
     texts = texts_of(samples, tokenizer)
     scores = gold(repeated, texts).reshape(len(prompts), -1)
     grouped = [texts[i : i + config.completions] for i in range(0, len(texts), config.completions)]
-    return label_pairs(
-        prompts,
-        grouped,
-        scores,
-        np.random.default_rng((ws.config.seed, 23)),
-        temperature=config.rater_temperature,
-        raters=config.raters,
-        flip_rate=config.flip_rate,
-    )
+    rng = np.random.default_rng((ws.config.seed, 23))
+    raters = {"temperature": config.rater_temperature, "flip_rate": config.flip_rate}
+    return label_pairs(prompts, grouped, scores, rng, raters=config.raters, **raters)
 
 
 def from_file(path: Path) -> list[Pair]:
@@ -101,5 +85,4 @@ def from_file(path: Path) -> list[Pair]:
 
 def load_pairs(ws: Workspace, name: str) -> list[Pair]:
     """The stage's `train` or `held_out` pairs."""
-    path = ws.stage("preferences") / f"{name}.jsonl"
-    return pairs_from(read_jsonl(path), str(path))
+    return from_file(ws.stage("preferences") / f"{name}.jsonl")

@@ -1,5 +1,6 @@
 """The reward model: the pretrained model with a scalar head, read at end-of-text."""
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from minilm.model import Transformer, sequence_score
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.rewards import Normalization
+from minilm.stages.evaluate import batched
 from minilm.stages.preferences import load_pairs
 from minilm.stages.workspace import Workspace, write_json
 from minilm.text.preferences import Pair, pair_probabilities
@@ -25,34 +27,35 @@ MAX_GROUP = 8  # completions of a prompt scored together; larger groups fall apa
 
 
 class PairBatch(NamedTuple):
-    """Completions of several prompts, each scored once, and the pairs among them.
+    """K completions each of M prompts, right-padded and scored once, and the pairs among them.
 
-    All pairs of a prompt share a batch, so k completions serve k(k−1)/2 comparisons in k passes:
-    Ouyang et al. (2022), arXiv:2203.02155, section 3.5.
-
-    Attributes:
-      tokens, segments: [M, K, T], right-padded; last: [M, K], position of each end-of-text.
-      first, second: [M, Q], indices into K; label: [M, Q], share of votes for the first;
-      weights: [M, Q], 0 at absent pairs.
+    So k completions serve k(k−1)/2 comparisons: Ouyang et al. (2022), arXiv:2203.02155, sec. 3.5.
     """
 
     tokens: Int[Array, "M K T"]
     segments: Int[Array, "M K T"]
-    last: Int[Array, "M K"]
-    first: Int[Array, "M Q"]
+    last: Int[Array, "M K"]  # position of each end-of-text
+    first: Int[Array, "M Q"]  # index into K
     second: Int[Array, "M Q"]
-    label: Float[Array, "M Q"]
-    weights: Float[Array, "M Q"]
+    label: Float[Array, "M Q"]  # share of votes for the first
+    weights: Float[Array, "M Q"]  # 0 at absent pairs
 
 
 def forward(model: Transformer, batch: PairBatch) -> tuple[Array, Array]:
     """Scores of the first and second completion of every pair."""
-    flat = [x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments)]
-    scores = sequence_score(model, *flat, batch.last.reshape(-1)).reshape(batch.last.shape)
-    return (
-        jnp.take_along_axis(scores, batch.first, axis=1),
-        jnp.take_along_axis(scores, batch.second, axis=1),
-    )
+    tokens, segments = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments))
+    last = batch.last.reshape(-1)
+    scores = sequence_score(model, tokens, segments, last).reshape(batch.last.shape)
+    at = functools.partial(jnp.take_along_axis, scores, axis=1)
+    return at(batch.first), at(batch.second)
+
+
+def _right(scores, batch: PairBatch):
+    return ((scores[0] > scores[1]) == (batch.label > 0.5)).astype(jnp.float32)
+
+
+def _margin(scores, batch: PairBatch):
+    return jnp.where(batch.label > 0.5, scores[0] - scores[1], scores[1] - scores[0])
 
 
 PREFERENCE = Objective(
@@ -60,92 +63,71 @@ PREFERENCE = Objective(
         Term(
             "bradley_terry", 1.0, lambda o, b: bradley_terry(*o, label=b.label), lambda b: b.weights
         ),
-        Term(
-            "accuracy",
-            0.0,
-            lambda o, b: ((o[0] > o[1]) == (b.label > 0.5)).astype(jnp.float32),
-            lambda b: b.weights,
-        ),
-        Term(
-            "margin",
-            0.0,
-            lambda o, b: jnp.where(b.label > 0.5, o[0] - o[1], o[1] - o[0]),
-            lambda b: b.weights,
-        ),
+        Term("accuracy", 0.0, _right, lambda b: b.weights),
+        Term("margin", 0.0, _margin, lambda b: b.weights),
     )
 )
 
 
 def reward(ws: Workspace) -> dict:
     """Trains on the train pairs, evaluates on the held-out ones, stores the normalisation."""
-    config, tokenizer, folder = ws.config, ws.tokenizer, ws.stage("reward")
-    train = _groups(load_pairs(ws, "train"), tokenizer, config.reward.max_tokens)
+    config, folder, seed = ws.config.reward, ws.stage("reward"), ws.config.seed
+    train = _groups(load_pairs(ws, "train"), ws.tokenizer, config.max_tokens)
     held_out = load_pairs(ws, "held_out")
-    per_epoch = -(-len(train) // config.reward.batch_size)
-    steps = per_epoch * config.reward.epochs
-    optimizer = make_optimizer(config.reward.optimizer, steps)
-    update = make_train_step(
-        forward, PREFERENCE, optimizer, accumulation=config.reward.accumulation
-    )
-    shape = _shape(train)
+    size, shape = config.batch_size, _shape(train)
+    per_epoch = -(-len(train) // size)
+    steps = per_epoch * config.epochs
+    optimizer = make_optimizer(config.optimizer, steps)
+    update = make_train_step(forward, PREFERENCE, optimizer, accumulation=config.accumulation)
 
     def step(state: TrainState, k: int):
         epoch, place = divmod(k, per_epoch)
-        order = np.random.default_rng((config.seed, 31, epoch)).permutation(len(train))
-        size = config.reward.batch_size
+        order = np.random.default_rng((seed, 31, epoch)).permutation(len(train))
         chosen = [train[i] for i in order[place * size : (place + 1) * size]]
         return update(state, _batch(chosen, size, shape))
 
     model = ws.load("pretrain", scalar_head=True)
     # A random head sends gradient into the trunk from the first step on; a zero one would not.
-    key = jax.random.fold_in(jax.random.key(config.seed), 32)
-    model.score[...] = jax.random.normal(key, model.score.shape) * model.config.embed_dim**-0.5
+    key = jax.random.fold_in(jax.random.key(seed), 32)
+    width = model.config.embed_dim
+    model.score[...] = jax.random.normal(key, (width,)) * width**-0.5  # pyright: ignore
     state, record = fit(
         init_state(model, optimizer),
         step,
         title="reward",
         steps=steps,
-        loop=config.reward,
+        loop=config,
         folder=folder,
         metadata=ws.metadata("reward", scalar_head=True),
         files={"tokenizer.json": ws.tokenizer_file},
-        learning_rate=schedule(
-            config.reward.optimizer, steps, config.reward.optimizer.learning_rate
-        ),
+        learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
     )
     evaluation, normalization = evaluate(state.model, held_out, ws)
     write_json(folder / "evaluation.json", evaluation | {"normalization": normalization._asdict()})
-    return {k: v for k, v in evaluation.items() if not isinstance(v, list)} | {
-        "seconds": record["seconds"]
-    }
+    figures = {k: v for k, v in evaluation.items() if not isinstance(v, list)}
+    return figures | {"seconds": record["seconds"]}
 
 
 def evaluate(
     model: Transformer, pairs: Sequence[Pair], ws: Workspace
 ) -> tuple[dict, Normalization]:
-    """The report card on held-out pairs.
+    """The report card on held-out pairs, and the raw score's scale over distinct completions.
 
     Accuracy and log-loss are expectations over one rater's label where its probability is known.
-
-    Returns:
-      accuracy with a 95 % interval over prompts, log_loss, ece, a reliability table
-      (`reliability`: predicted, observed, count), gold_correlation (Spearman); and the raw score's
-      mean and standard deviation over the distinct completions.
+    Accuracy's 95 % interval is over prompts; `reliability` holds (predicted, observed, count).
     """
-    config = ws.config
+    raters, longest = ws.config.preferences, ws.config.reward.max_tokens
+    prompts = [p.prompt for p in pairs]
     chosen, rejected = (
-        score_texts(model, ws.tokenizer, [p.prompt for p in pairs], texts, config.reward.max_tokens)
+        score_texts(model, ws.tokenizer, prompts, texts, longest)
         for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
     )
     gap = (chosen - rejected).astype(np.float64)
-    p = pair_probabilities(
-        pairs,
-        temperature=config.preferences.rater_temperature,
-        flip_rate=config.preferences.flip_rate,
-    )
+    dials = {"temperature": raters.rater_temperature, "flip_rate": raters.flip_rate}
+    p = pair_probabilities(pairs, **dials)
     right = np.where(gap > 0, p, np.where(gap < 0, 1 - p, 0.5))
     losses = p * np.logaddexp(0, -gap) + (1 - p) * np.logaddexp(0, gap)
-    low, high = _cluster_interval(right, [x.prompt for x in pairs])
+    low, high = _cluster_interval(right, prompts)
     # Each pair is read both ways round, so that "chosen" itself tells the table nothing.
     predicted = 1 / (1 + np.exp(-np.concatenate([gap, -gap])))
     table = reliability(predicted, np.concatenate([p, 1 - p]))
@@ -178,15 +160,11 @@ def score_texts(
     max_tokens: int,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Raw rewards [N] of completions, in batches of one shape; longer texts are cut to fit."""
-    rows = [encode(tokenizer, p, c)[:max_tokens] for p, c in zip(prompts, completions, strict=True)]
-    width = _rounded(max(map(len, rows)))
-    scores = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        tokens, segments, last = _right_pad(part, batch_size, width)
-        scores.append(np.asarray(_scores(model, tokens, segments, last))[: len(part)])
-    return np.concatenate(scores)
+    """Raw rewards [N], in batches of one shape; longer texts are cut before their end-of-text."""
+    rows = [encode(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
+    rows = [r if len(r) <= max_tokens else [*r[: max_tokens - 1], r[-1]] for r in rows]
+    arrays = _right_pad(rows, len(rows), _rounded(max(map(len, rows))))
+    return batched(functools.partial(_scores, model), arrays, batch_size)
 
 
 _scores = jax.jit(sequence_score)
@@ -194,12 +172,8 @@ _scores = jax.jit(sequence_score)
 
 def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
     """start token, prompt, completion, end-of-text: as a rollout has them."""
-    return [
-        tokenizer.eos_id,
-        *tokenizer.encode(prompt),
-        *tokenizer.encode(completion),
-        tokenizer.eos_id,
-    ]
+    end = tokenizer.eos_id
+    return [end, *tokenizer.encode(prompt), *tokenizer.encode(completion), end]
 
 
 def load_normalization(ws: Workspace) -> Normalization:
@@ -207,23 +181,15 @@ def load_normalization(ws: Workspace) -> Normalization:
     try:
         return Normalization(**json.loads(path.read_text())["normalization"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"no normalisation of the reward: {error}", where=path, hint="--redo reward"
-        ) from error
+        problem = f"no normalisation of the reward: {error}"
+        raise UserError(problem, where=path, hint="--redo reward") from error
 
 
 def reliability(predicted: np.ndarray, observed: np.ndarray, bins: int = 10) -> list[tuple]:
     """(mean prediction, mean outcome, count) of each equal-width bin that is not empty."""
     places = np.minimum((predicted * bins).astype(int), bins - 1)
-    return [
-        (
-            float(predicted[places == b].mean()),
-            float(observed[places == b].mean()),
-            int((places == b).sum()),
-        )
-        for b in range(bins)
-        if (places == b).any()
-    ]
+    inside = [places == b for b in range(bins) if (places == b).any()]
+    return [(float(predicted[i].mean()), float(observed[i].mean()), int(i.sum())) for i in inside]
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -250,10 +216,10 @@ def _cluster_interval(values: np.ndarray, clusters: Sequence[str]) -> tuple[floa
 
 
 class _Group(NamedTuple):
-    """Encoded completions of one prompt and the pairs among them: (first, second, label)."""
+    """Encoded completions of one prompt and the pairs among them."""
 
     rows: list[list[int]]
-    pairs: list[tuple[int, int, float]]
+    pairs: list[tuple[int, int, float]]  # first, second, label
 
 
 def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> list[_Group]:
@@ -265,10 +231,8 @@ def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> lis
         texts = {t for p in members for t in (p.chosen, p.rejected)}
         parts = [members] if len(texts) <= MAX_GROUP else [[p] for p in members]
         for part in parts:
-            index: dict[str, int] = {}
-            for p in part:
-                index.setdefault(p.chosen, len(index))
-                index.setdefault(p.rejected, len(index))
+            texts = dict.fromkeys(text for p in part for text in (p.chosen, p.rejected))
+            index = {text: i for i, text in enumerate(texts)}
             rows = [encode(tokenizer, prompt, text) for text in index]
             if max(map(len, rows)) > max_tokens:
                 long += 1
@@ -276,34 +240,28 @@ def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> lis
             labels = [(index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part]
             groups.append(_Group(rows, labels))
     if not groups:
-        raise UserError(
-            f"all {long} groups of pairs are longer than the limit",
-            where="reward.max_tokens",
-            value=max_tokens,
-        )
+        problem = f"all {long} groups of pairs are longer than the limit"
+        raise UserError(problem, where="reward.max_tokens", value=max_tokens)
     return groups
 
 
 def _shape(groups: Sequence[_Group]) -> tuple[int, int, int]:
     """(K, Q, T) that hold every group: one shape, one compilation."""
-    return (
-        max(len(g.rows) for g in groups),
-        max(len(g.pairs) for g in groups),
-        _rounded(max(len(r) for g in groups for r in g.rows)),
-    )
+    rows, pairs = max(len(g.rows) for g in groups), max(len(g.pairs) for g in groups)
+    return rows, pairs, _rounded(max(len(r) for g in groups for r in g.rows))
 
 
 def _batch(groups: Sequence[_Group], size: int, shape: tuple[int, int, int]) -> PairBatch:
     k, q, width = shape
     rows = [row for g in groups for row in g.rows + [[]] * (k - len(g.rows))]
-    tokens, segments, last = _right_pad(rows, size * k, width)
+    arrays = _right_pad(rows, size * k, width)
     first, second = np.zeros((2, size, q), np.int32)
     label, weights = np.zeros((2, size, q), np.float32)
     for m, group in enumerate(groups):
         for n, (i, j, share) in enumerate(group.pairs):
             first[m, n], second[m, n], label[m, n], weights[m, n] = i, j, share, 1
-    shaped = [x.reshape(size, k, *x.shape[1:]) for x in (tokens, segments, last)]
-    return PairBatch(*shaped, first, second, label, weights)
+    shaped = (x.reshape(size, k, *x.shape[1:]) for x in arrays)
+    return PairBatch._make((*shaped, first, second, label, weights))
 
 
 def _right_pad(rows: Sequence[Sequence[int]], count: int, width: int):

@@ -1,7 +1,6 @@
 """RLHF: rollout, score, KL to the frozen reference, update; the algorithm is a row."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,76 +11,65 @@ from minilm.algorithms import ALGORITHMS, Algorithm, PolicyBatch, objective, pri
 from minilm.choices import choose
 from minilm.config import RLHFConfig
 from minilm.errors import UserError
-from minilm.generate import generate, left_pad
+from minilm.generate import generate
 from minilm.losses.reduce import mean
 from minilm.model import Transformer
 from minilm.optim import make_optimizer, schedule
 from minilm.rewards import Normalization, learned_reward
 from minilm.rollout import complete_rollout, completion_outputs
+from minilm.stages.evaluate import prompt_rows
 from minilm.stages.reward import load_normalization
 from minilm.stages.workspace import Workspace
 from minilm.text.prompts import prompt_sets
 from minilm.train import TrainState, fit, init_state, make_train_step
 
 
-def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict[str, float | None]]) -> dict:
-    """Fine-tunes the pretrained policy against the reward model.
+def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict]) -> dict:
+    """Fine-tunes the pretrained policy against the reward model. Returns the stage's summary.
 
-    Args:
-      evaluate: policy -> figures on the development prompts; the run hands it in, so that
-        training itself can't see gold.
-    Returns:
-      The algorithm and the seconds of training.
+    `evaluate` gives a policy's figures on the development prompts; the run hands it in, so that
+    training itself can't see gold.
     """
-    config, tokenizer = ws.config, ws.tokenizer
-    algorithm = choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
+    config, sizes, tokenizer = ws.config.rlhf, ws.config.prompts, ws.tokenizer
+    algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
     reference = ws.load("pretrain", scalar_head=False)
     reward_model = ws.load("reward")
-    prompts = prompt_sets(config, tokenizer, ws.held_out()).rlhf
-    optimizer = make_optimizer(config.rlhf.optimizer, updates(config.rlhf))
+    prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).rlhf
+    optimizer = make_optimizer(config.optimizer, updates(config))
     policy = ws.load("pretrain", scalar_head=algorithm.critic)
-    state = init_state(policy, optimizer)
     step = make_step(
-        config.rlhf,
+        config,
         algorithm,
         optimizer,
         reference,
         reward_model,
         load_normalization(ws),
-        prompt_rows(prompts, tokenizer, config.prompts.max_tokens),
-        key=jax.random.fold_in(jax.random.key(config.seed), 1000 + config.rlhf.seed),
-        max_new_tokens=config.prompts.max_new_tokens,
+        prompt_rows(prompts, tokenizer, sizes.max_tokens),
+        key=jax.random.fold_in(jax.random.key(ws.config.seed), 1000 + config.seed),
+        max_new_tokens=sizes.max_new_tokens,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    rate = schedule(
-        config.rlhf.optimizer, updates(config.rlhf), config.rlhf.optimizer.learning_rate
-    )
-    per_step = config.rlhf.epochs * config.rlhf.minibatches
-    state, record = fit(
-        state,
+    rate = schedule(config.optimizer, updates(config), config.optimizer.learning_rate)
+    per_step = config.epochs * config.minibatches
+    _, record = fit(
+        init_state(policy, optimizer),
         step,
         title="rlhf",
-        steps=config.rlhf.steps,
-        loop=config.rlhf,
+        steps=config.steps,
+        loop=config,
         folder=ws.stage("rlhf"),
         metadata=ws.metadata("rlhf", scalar_head=algorithm.critic),
         files={"tokenizer.json": ws.tokenizer_file},
         learning_rate=lambda k: rate(k * per_step),
         evaluate=lambda s: evaluate(s.model),
     )
-    return {"algorithm": config.rlhf.algorithm, "seconds": record["seconds"]}
+    return {"algorithm": config.algorithm, "seconds": record["seconds"]}
 
 
 def updates(config: RLHFConfig) -> int:
     """Optimizer updates of the whole stage."""
     return config.steps * config.epochs * config.minibatches
-
-
-def prompt_rows(prompts: Sequence[str], tokenizer, length: int) -> np.ndarray:
-    """Prompts as left-padded rows [N, P], start token first."""
-    encoded = [[tokenizer.eos_id, *ids] for ids in tokenizer.encode_batch(list(prompts))]
-    return left_pad(encoded, tokenizer.pad_id, length)
 
 
 def make_step(
@@ -108,60 +96,53 @@ def make_step(
         )
     size = config.prompts_per_step * config.group_size
     if size % (config.minibatches * config.accumulation):
-        raise UserError(
-            f"{size} completions a step do not split into {config.minibatches} minibatches of "
-            f"{config.accumulation} parts",
-            where="rlhf.minibatches",
-        )
-    width = max_new_tokens
+        problem = f"{size} completions a step do not split into {config.minibatches} minibatches"
+        problem += f" of {config.accumulation} parts"
+        raise UserError(problem, where="rlhf.minibatches")
+    width, parts, temperature = max_new_tokens, config.accumulation, config.temperature
 
     def forward(model: Transformer, batch: PolicyBatch):
-        return completion_outputs(model, batch.tokens, batch.segments, width, config.temperature)
+        return completion_outputs(model, batch.tokens, batch.segments, width, temperature)
 
-    update = make_train_step(
-        forward, objective(algorithm, config), optimizer, accumulation=config.accumulation
-    )
+    update = make_train_step(forward, objective(algorithm, config), optimizer, accumulation=parts)
 
     @backend.keep
     @jax.jit
     def prepare(model, reference, reward_model, rows, samples):
         rollout = complete_rollout(
-            model, reference, rows, samples, pad_id=pad_id, temperature=config.temperature
+            model, reference, rows, samples, pad_id=pad_id, temperature=temperature
         )
+        missing = config.missing_eos_score
         score = learned_reward(
-            reward_model,
-            rollout,
-            normalization=normalization,
-            missing_eos_score=config.missing_eos_score,
+            reward_model, rollout, normalization=normalization, missing_eos_score=missing
         )
         batch = price(algorithm, rollout, score, config)
         mask, one = rollout.mask, jnp.ones_like(score)
+        ended = rollout.finished.astype(jnp.float32)
         lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
         gap = jnp.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
         groups = jnp.std(score.reshape(-1, config.group_size), axis=1)
+        every = jnp.ones_like(groups)
         metrics = {
             "objective/kl": mean(jnp.sum(gap, axis=1), one),
             "objective/scores": mean(score, one),
             "objective/entropy": mean(-jnp.sum(rollout.logprobs, axis=1), one),
             "completions/mean_length": mean(lengths, one),
-            "completions/clipped_ratio": mean(1.0 - rollout.finished.astype(jnp.float32), one),
-            "reward_std": mean(groups, jnp.ones_like(groups)),
-            "frac_reward_zero_std": mean(
-                (groups < 1e-6).astype(jnp.float32), jnp.ones_like(groups)
-            ),
+            "completions/clipped_ratio": mean(1.0 - ended, one),
+            "reward_std": mean(groups, every),
+            "frac_reward_zero_std": mean((groups < 1e-6).astype(jnp.float32), every),
         }
         return batch, metrics
 
-    order = functools.partial(_prompt_order, len(prompts), config.prompts_per_step, config.seed)
-
     def step(state: TrainState, k: int):
-        rows = np.repeat(prompts[order(k)], config.group_size, axis=0)
+        order = _prompt_order(len(prompts), config.prompts_per_step, config.seed, k)
+        rows = np.repeat(prompts[order], config.group_size, axis=0)
         samples = generate(
             state.model,
             jnp.asarray(rows),
             jax.random.fold_in(key, k),
             max_new_tokens=max_new_tokens,
-            temperature=config.temperature,
+            temperature=temperature,
             eos_id=eos_id,
             pad_id=pad_id,
         )
@@ -177,10 +158,7 @@ def make_step(
 
 def _first(metrics: dict, latest: dict) -> dict:
     """Of a rollout's updates the losses of the last are kept, but the ratio of the first."""
-    keep = {k for k in latest if not k.startswith("val/ratio")}
-    return {k: latest[k] for k in keep} | {
-        k: metrics.get(k, latest[k]) for k in latest if k not in keep
-    }
+    return {k: metrics.get(k, v) if k.startswith("val/ratio") else v for k, v in latest.items()}
 
 
 def _minibatches(batch: PolicyBatch, size: int, config: RLHFConfig, k: int, epoch: int):
@@ -193,6 +171,7 @@ def _minibatches(batch: PolicyBatch, size: int, config: RLHFConfig, k: int, epoc
 
 def _prompt_order(count: int, per_step: int, seed: int, k: int) -> np.ndarray:
     """Rows of step k: every prompt once before any comes again, shuffled anew each time round."""
-    places = np.arange(k * per_step, (k + 1) * per_step)
-    epochs = {e: np.random.default_rng((seed, e)).permutation(count) for e in set(places // count)}
+    places = range(k * per_step, (k + 1) * per_step)
+    rounds = {place // count for place in places}
+    epochs = {e: np.random.default_rng((seed, e)).permutation(count) for e in rounds}
     return np.array([epochs[p // count][p % count] for p in places])

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -19,18 +18,12 @@ from minilm.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Workspace:
-    """One run folder, seen by its stages.
-
-    Attributes:
-      out: the run folder.
-      init: another run folder whose tokenizer and pretrained model are used, or None.
-      compute_dtype: chosen by the backend, stored with the run.
-    """
+    """One run folder, `out`, seen by its stages."""
 
     config: Config
     out: Path
-    init: Path | None
-    compute_dtype: str
+    init: Path | None  # another run folder, whose tokenizer and pretrained model are used
+    compute_dtype: str  # chosen by the backend, stored with the run
 
     def stage(self, name: str) -> Path:
         """The folder of a stage; the pretrained one may be another run's."""
@@ -46,8 +39,8 @@ class Workspace:
 
     def held_out(self) -> list[Document]:
         """The held-out documents that pretraining set apart."""
-        rows = read_jsonl(self.stage("pretrain") / "held_out.jsonl")
-        return [Document(**row) for row in rows]
+        path = self.stage("pretrain") / "held_out.jsonl"
+        return [Document(**row) for row in read_jsonl(path)]
 
     def metadata(self, stage: str, *, scalar_head: bool = False) -> dict:
         """What a checkpoint needs besides arrays, so that it can be used alone."""
@@ -64,26 +57,20 @@ class Workspace:
     def load(self, stage: str, *, scalar_head: bool | None = None) -> Transformer:
         """The last checkpoint of a stage as a model, checked against this run's tokenizer."""
         path = checkpoint.find(self.stage(stage))
-        model, _ = load_model(path, scalar_head=scalar_head, compute_dtype=self.compute_dtype)
-        digest = checkpoint.metadata(path)["tokenizer"]
-        if digest != self.tokenizer.digest:
-            raise UserError(
-                f"the {stage} model was trained with another tokenizer",
-                where=path,
-                value=digest[:12],
-                allowed=self.tokenizer.digest[:12],
-                hint=f"--redo {stage}, or start a new run folder with --out",
-            )
+        model, meta = load_model(path, scalar_head=scalar_head, compute_dtype=self.compute_dtype)
+        found, own = meta["tokenizer"], self.tokenizer.digest
+        if found != own:
+            problem = f"the {stage} model was trained with another tokenizer"
+            hint = f"--redo {stage}, or start a new run folder with --out"
+            raise UserError(problem, where=path, value=found[:12], allowed=own[:12], hint=hint)
         return model
 
 
 def load_model(
     path: Path, *, scalar_head: bool | None = None, compute_dtype: str | None = None
 ) -> tuple[Transformer, dict]:
-    """A checkpoint's model and metadata.
+    """A checkpoint's model and metadata; `scalar_head` (None: as saved) adds or drops a head.
 
-    Args:
-      scalar_head: None keeps what the checkpoint has; True adds a zero head where it has none.
     Raises:
       UserError: damaged or foreign checkpoint, naming the parameters that do not fit.
     """
@@ -93,19 +80,11 @@ def load_model(
     model = Transformer(config, meta["vocab_size"], scalar_head=meta["scalar_head"], **shape)
     model = checkpoint.restore(path, model, prefix="model")
     if scalar_head is not None and scalar_head != meta["scalar_head"]:
-        other = Transformer(config, meta["vocab_size"], scalar_head=scalar_head, **shape)
-        model = _with_head_of(other, model)
+        known = checkpoint.flatten(model)
+        model = Transformer(config, meta["vocab_size"], scalar_head=scalar_head, **shape)
+        leaves = [known.get(name, leaf) for name, leaf in checkpoint.flatten(model).items()]
+        model = jax.tree.unflatten(jax.tree.structure(model), leaves)
     return model, meta
-
-
-def _with_head_of(target: Transformer, source: Transformer) -> Transformer:
-    """`target` with the parameters that both have taken from `source`."""
-    known = checkpoint.flatten(source)
-    names = list(checkpoint.flatten(target))
-    leaves, tree = jax.tree.flatten(target)
-    return jax.tree.unflatten(
-        tree, [known.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
-    )
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -114,13 +93,13 @@ def read_jsonl(path: Path) -> list[dict]:
     Raises:
       UserError: missing file or a line that is not a JSON object, by number.
     """
-    rows = []
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError("missing file", where=path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read: {error}", where=path) from error
+    rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -143,15 +122,4 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside, flushed, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write: {error.strerror}", where=path) from error
+    checkpoint.write_atomically(path, text.encode())

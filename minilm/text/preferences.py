@@ -11,17 +11,14 @@ from minilm.errors import UserError
 
 
 class Pair(NamedTuple):
-    """Two completions of a prompt, and how many of `votes` raters chose the first.
-
-    `gold_*` are the judge's scores where there is a judge, else None.
-    """
+    """Two completions of a prompt, and how many of `votes` raters chose the first."""
 
     prompt: str
     chosen: str
     rejected: str
     votes_chosen: int = 1
     votes: int = 1
-    gold_chosen: float | None = None
+    gold_chosen: float | None = None  # the judge's score, where there is a judge
     gold_rejected: float | None = None
 
 
@@ -48,26 +45,19 @@ def label_pairs(
 ) -> list[Pair]:
     """All pairs of each prompt's different completions, labelled by simulated raters.
 
-    The completion with more votes is `chosen`; a tie is drawn.
-
-    Args:
-      gold: [prompts, completions].
+    The completion with more votes is `chosen`; a tie is drawn. `gold` is [prompts, completions].
     """
-    pairs = []
+    pairs, dials = [], {"temperature": temperature, "flip_rate": flip_rate}
     for prompt, texts, scores in zip(prompts, completions, gold, strict=True):
         for i, j in itertools.combinations(range(len(texts)), 2):
             if texts[i] == texts[j]:
                 continue
-            p = chosen_probability(
-                scores[i] - scores[j], temperature=temperature, flip_rate=flip_rate
-            )
-            votes = int(rng.binomial(raters, p))
+            votes = int(rng.binomial(raters, chosen_probability(scores[i] - scores[j], **dials)))
             tie_to_first = bool(rng.random() < 0.5)
             if 2 * votes < raters or (2 * votes == raters and not tie_to_first):
                 i, j, votes = j, i, raters - votes
-            pairs.append(
-                Pair(prompt, texts[i], texts[j], votes, raters, float(scores[i]), float(scores[j]))
-            )
+            golds = (float(scores[i]), float(scores[j]))
+            pairs.append(Pair(prompt, texts[i], texts[j], votes, raters, *golds))
     return pairs
 
 
@@ -77,27 +67,22 @@ def bayes_rates(
     """Best possible accuracy and log-loss against one rater's label: E max(p, 1−p), E H(p)."""
     p = pair_probabilities(pairs, temperature=temperature, flip_rate=flip_rate)
     q = np.clip(p, 1e-300, 1 - 1e-16)
-    return float(np.maximum(p, 1 - p).mean()), float(
-        -(p * np.log(q) + (1 - p) * np.log1p(-q)).mean()
-    )
+    entropy = -(p * np.log(q) + (1 - p) * np.log1p(-q)).mean()
+    return float(np.maximum(p, 1 - p).mean()), float(entropy)
 
 
 def pair_probabilities(
     pairs: Sequence[Pair], *, temperature: float, flip_rate: float
 ) -> np.ndarray:
     """P(one rater prefers `chosen`) where gold is known; else the observed share of votes."""
-    return np.array(
-        [
-            p.votes_chosen / p.votes
-            if p.gold_chosen is None or p.gold_rejected is None
-            else float(
-                chosen_probability(
-                    p.gold_chosen - p.gold_rejected, temperature=temperature, flip_rate=flip_rate
-                )
-            )
-            for p in pairs
-        ]
-    )
+
+    def probability(pair: Pair) -> float:
+        if pair.gold_chosen is None or pair.gold_rejected is None:
+            return pair.votes_chosen / pair.votes
+        gap = pair.gold_chosen - pair.gold_rejected
+        return float(chosen_probability(gap, temperature=temperature, flip_rate=flip_rate))
+
+    return np.array([probability(pair) for pair in pairs])
 
 
 def dump_pairs(pairs: Sequence[Pair]) -> str:
@@ -107,7 +92,8 @@ def dump_pairs(pairs: Sequence[Pair]) -> str:
 
 
 REQUIRED = ("prompt", "chosen", "rejected")
-NUMBERS = {"votes_chosen": int, "votes": int, "gold_chosen": float, "gold_rejected": float}
+REAL = int | float
+NUMBERS = {"votes_chosen": int, "votes": int, "gold_chosen": REAL, "gold_rejected": REAL}
 
 
 def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
@@ -123,27 +109,18 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
         place = f"{where}:{number}"
         for key in REQUIRED:
             if key not in row:
-                raise UserError(
-                    f"missing field '{key}'",
-                    where=place,
-                    value=sorted(row),
-                    allowed="prompt, chosen, rejected; optional: " + ", ".join(NUMBERS),
-                )
+                allowed = "prompt, chosen, rejected; optional: " + ", ".join(NUMBERS)
+                problem = f"missing field '{key}'"
+                raise UserError(problem, where=place, value=sorted(row), allowed=allowed)
             if not isinstance(row[key], str):
                 raise UserError(f"'{key}' must be a text", where=place, value=row[key])
         for key, kind in NUMBERS.items():
             value = row.get(key)
-            if value is not None and (
-                isinstance(value, bool)
-                or not isinstance(value, int if kind is int else int | float)
-            ):
+            if isinstance(value, bool) or not (value is None or isinstance(value, kind)):
                 raise UserError(f"'{key}' must be a number", where=place, value=value)
         pair = Pair(**{k: row[k] for k in Pair._fields if row.get(k) is not None})
         if not 0 <= pair.votes_chosen <= pair.votes or pair.votes < 1:
-            raise UserError(
-                "votes_chosen must lie between 0 and votes",
-                where=place,
-                value=(pair.votes_chosen, pair.votes),
-            )
+            problem, votes = "votes_chosen must lie between 0 and votes", pair[3:5]
+            raise UserError(problem, where=place, value=votes)
         pairs.append(pair)
     return pairs

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +42,8 @@ def prompt_sets(config: Config, tokenizer: Tokenizer, documents: Sequence[Docume
     """
     sizes = config.prompts
     counts = (sizes.evaluation, sizes.development, sizes.preferences, sizes.rlhf)
-    order = np.random.default_rng((config.seed, 11)).permutation(len(documents))
     found: dict[str, None] = {}  # an ordered set: two documents may open alike
-    for i in order:
+    for i in np.random.default_rng((config.seed, 11)).permutation(len(documents)):
         if len(found) == sum(counts):
             break
         prompt = opening(documents[i].text, sizes.sentences)
@@ -58,9 +58,6 @@ def prompt_sets(config: Config, tokenizer: Tokenizer, documents: Sequence[Docume
             allowed=f"at most {len(found)}",
             hint="lower the counts, or raise corpus.held_out or corpus.documents",
         )
-    prompts = list(found)
-    ends = np.cumsum(counts)
-    evaluation, development, preferences, rlhf = (
-        prompts[end - count : end] for end, count in zip(ends, counts, strict=True)
-    )
+    left = iter(found)
+    evaluation, development, preferences, rlhf = (list(islice(left, n)) for n in counts)
     return PromptSets(preferences, rlhf, development, evaluation)

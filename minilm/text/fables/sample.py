@@ -53,6 +53,7 @@ def generate(seed: int | tuple[int, ...], *, size: str = "full") -> Story:
     # A string is hashed whole (SHA-512), so neighbouring seeds are as good as any.
     dice = random.Random(",".join(map(str, key)))
 
+    # Without weights `choices` does the same, slowly.
     def decide(count: int, weights: Weights | None) -> int:
         return dice.choices(range(count), weights)[0] if weights else int(dice.random() * count)
 

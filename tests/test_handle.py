@@ -1,0 +1,81 @@
+"""`minilm.Run`: what a notebook does with a trained run."""
+
+import json
+
+import numpy as np
+import pytest
+
+import minilm
+from minilm import checkpoint
+from minilm.configfile import load
+from minilm.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return minilm.Run(tiny_run)
+
+
+def test_a_run_is_its_last_policy(run, tiny_run):
+    assert run.checkpoint == checkpoint.find(tiny_run / "rlhf")
+    assert run.metadata["stage"] == "rlhf"
+
+
+def test_the_config_is_the_one_it_was_made_with(run, tiny):
+    assert run.config == load(tiny)
+
+
+def test_metrics_are_read_by_stage(run):
+    assert list(run.metrics) == ["pretrain", "reward", "rlhf"]
+    assert [r["step"] for r in run.metrics["rlhf"] if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_generation_is_a_function_of_the_seed(run):
+    texts = run.generate(["A fox", "One day"], max_new_tokens=12, seed=3)
+    assert len(texts) == 2
+    assert texts == run.generate(["A fox", "One day"], max_new_tokens=12, seed=3)
+    assert texts != run.generate(["A fox", "One day"], max_new_tokens=12, seed=4)
+
+
+def test_a_stream_in_pieces_is_the_greedy_completion(run):
+    pieces = list(run.stream("A fox", max_new_tokens=24, temperature=0.0))
+    (whole,) = run.generate("A fox", max_new_tokens=24, temperature=0.0)
+    # Half a character at the very end is not shown.
+    assert whole.rstrip("�").startswith("".join(pieces)) or whole == "".join(pieces)
+    assert len(pieces) > 1
+
+
+def test_scores_are_in_units_of_the_reference_completions(run, tiny_run):
+    """Mean 0 and standard deviation 1 over the distinct held-out completions."""
+    rows = [
+        json.loads(line)
+        for line in (tiny_run / "preferences" / "held_out.jsonl").read_text().splitlines()
+    ]
+    texts = sorted({(r["prompt"], r[k]) for r in rows for k in ("chosen", "rejected")})
+    scores = run.score([p for p, _ in texts], [c for _, c in texts])
+    assert scores.mean() == pytest.approx(0, abs=1e-3)
+    assert scores.std() == pytest.approx(1, abs=1e-3)
+    alone = run.score([texts[0][0]], [texts[0][1]])
+    np.testing.assert_allclose(alone, scores[:1], atol=1e-3)
+
+
+def test_a_stage_and_a_checkpoint_open_too(tiny_run):
+    pretrained = minilm.Run(tiny_run / "pretrain")
+    again = minilm.Run(str(pretrained.checkpoint))
+    assert pretrained.metadata["stage"] == again.metadata["stage"] == "pretrain"
+    assert pretrained.generate(max_new_tokens=8) == again.generate(max_new_tokens=8)
+
+
+def test_what_is_no_run_says_so(tmp_path, tiny_run):
+    with pytest.raises(UserError, match="no checkpoint here"):
+        minilm.Run(tmp_path)
+    with pytest.raises(UserError, match="not a reward model"):
+        minilm.Run(tiny_run / "pretrain").score(["a"], ["b"])
+
+
+def test_the_command_prints_prompt_and_completion(tiny_run, processes):
+    words = ["generate", tiny_run, "--prompt", "A fox", "--max-new-tokens", 8, "--count", 2]
+    first, second = processes(*words), processes(*words)
+    assert first.code == 0, first.output
+    assert first.output.count("A fox") == 2
+    assert first.output == second.output
