@@ -38,13 +38,13 @@ def bind[R](
     function = _imported(name, where) if ":" in name else choose(registry, name, where)
     parameters = inspect.signature(function).parameters.values()
     known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    for option, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and option not in options:
-            raise UserError(f"'{name}' needs the option '{option}'", where=where)
     for option in options:
         if option not in known:
             problem, allowed = f"'{name}' has no option '{option}'", sorted(known) or "no options"
             raise _unknown(problem, option, known, where, allowed)
+    for option, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and option not in options:
+            raise UserError(f"'{name}' needs the option '{option}'", where=where)
     return functools.partial(function, **options)
 
 

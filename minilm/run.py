@@ -278,7 +278,9 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
     """Digests of the user's files that a stage reads."""
     paths: list[str] = []
     if stage == "pretrain" and config.corpus.kind == "text":
-        paths = sorted(p for pattern in config.corpus.files for p in _glob(pattern))
+        from minilm.text.corpora import matches
+
+        paths = sorted({str(p) for pattern in config.corpus.files for p in matches(pattern)})
     if stage == "preferences" and config.preferences.file:
         paths = [config.preferences.file]
     digests = {}
@@ -287,12 +289,6 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
             with Path(path).open("rb") as file:
                 digests[path] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return digests
-
-
-def _glob(pattern: str) -> list[str]:
-    import glob
-
-    return glob.glob(pattern, recursive=True)
 
 
 def _check_same_world(config: Config, init: Path) -> None:

@@ -51,7 +51,7 @@ class Processes:
             cwd=Path(__file__).parents[1],
             env={**os.environ, **CACHE, "JAX_COMPILATION_CACHE_DIR": str(cache)},
         )
-        assert self._read() == "ready"
+        self._ready = False  # it imports JAX while the test process goes on
 
     def __call__(
         self, *words: object, at: tuple[str, int, int] | None = None, after: float | None = None
@@ -63,6 +63,8 @@ class Processes:
             a path like `pattern`.
           after: seconds after which it is killed.
         """
+        self._ready = self._ready or self._read() == "ready"
+        assert self._ready
         request = {"words": [str(word) for word in words], "output": str(self._output)}
         assert self._server.stdin is not None
         print(json.dumps(request | {"signal": at, "after": after}), file=self._server.stdin)
@@ -112,7 +114,7 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory, tiny, compiled) -> Path:
+def tiny_run(tmp_path_factory, tiny, compiled, processes) -> Path:
     """One uninterrupted run of tests/tiny.toml, made in this process. To be read, not written."""
     from jax.experimental.compilation_cache import compilation_cache
 

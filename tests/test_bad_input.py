@@ -172,3 +172,10 @@ def test_a_damaged_record_of_a_finished_stage(tiny, tiny_copy, processes):
     (tiny_copy / "reward" / "done.json").write_text("{")
     done = processes("run", tiny, "--out", tiny_copy)
     assert_one_message(done, "reward/done.json: cannot read")
+
+
+def test_an_option_that_a_judge_lacks_is_named_before_the_one_it_needs(tmp_path, processes):
+    config = tmp_path / "mine.toml"
+    config.write_text("[judge]\nname = 'length'\noptions.targt = 3\n")
+    done = processes("run", config, "--out", tmp_path / "run")
+    assert_one_message(done, "has no option 'targt'", "did you mean 'target'?")

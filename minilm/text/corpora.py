@@ -101,7 +101,7 @@ def text(corpus: TextCorpus, seed: int) -> Iterator[Document]:
             where="corpus.files",
             hint="pass them: --corpus.files PATH [PATH …], .txt, .jsonl, .csv or .parquet",
         )
-    for path in dict.fromkeys(p for pattern in corpus.files for p in _matches(pattern)):
+    for path in dict.fromkeys(p for pattern in corpus.files for p in matches(pattern)):
         suffix = path.suffix.lower()
         choose(READERS, suffix, f"corpus.files {path}: suffix")
         if suffix == ".txt":
@@ -120,7 +120,8 @@ READERS: dict[str, tuple[str, dict[str, bool]]] = {
 }
 
 
-def _matches(pattern: str) -> list[Path]:
+def matches(pattern: str) -> list[Path]:
+    """The files that a path or glob names, sorted. Raises UserError: none, or a folder."""
     path = Path(pattern).expanduser()
     # Not Path.glob, which takes no absolute pattern.
     names = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)  # noqa: PTH207
