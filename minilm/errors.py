@@ -14,8 +14,8 @@ class UserError(Exception):
       allowed: what would be accepted (a description or the accepted names).
       hint: what to do next.
 
-    >>> print(UserError("unknown key", where="tiny.toml: model.layer", hint="did you mean 'layers'?"))
-    tiny.toml: model.layer: unknown key
+    >>> print(UserError("unknown key", where="a.toml: model.layer", hint="did you mean 'layers'?"))
+    a.toml: model.layer: unknown key
       hint: did you mean 'layers'?
     """
 

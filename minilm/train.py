@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,8 @@ def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> T
     """A state that owns its arrays: the step donates them, so a shared model must be copied."""
     model = jax.tree.map(jnp.copy, model)
     extra = {"skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0)}
-    return TrainState(jnp.int32(0), model, optimizer.init(model), extra)
+    opt_state = optimizer.init(cast(Any, model))  # Optax takes the Module as any pytree
+    return TrainState(jnp.int32(0), model, opt_state, extra)
 
 
 def make_train_step(
@@ -222,7 +223,7 @@ def fit(
             previous = None
             now = time.perf_counter()
             seconds += now - clock
-            last_metrics = _means(window) | {"learning_rate": float(learning_rate(k))}
+            last_metrics = _means(window) | {"learning_rate": float(jnp.asarray(learning_rate(k)))}
             if tokens_per_step:
                 last_metrics["tokens_per_second"] = len(window) * tokens_per_step / (now - clock)
             window = []

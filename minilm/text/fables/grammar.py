@@ -175,7 +175,7 @@ def full(t: Teller) -> None:
     _pronouns(t)
     t.one_of(WANTS)
     loan = t.one_of(tuple(head for head, _ in LOANS))
-    t.tell(LOANS[loan][1] + f"{{tool:tools/{OBSTACLES.index(t.words['obstacle'])}}}.")
+    t.tell(LOANS[loan][1] + f"{{tool:tools/{OBSTACLES.index(t.words['obstacle']) // 2}}}.")
     t.one_of(PROMISES)
     for roads, first, second in ((ROADS_OUT, *CLAUSES[:2]), (ROADS_ON, *CLAUSES[2:])):
         t.tell(" ")

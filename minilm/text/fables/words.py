@@ -24,17 +24,13 @@ _TEXTS = {
         map the hidden caves, meet the river king, grow a giant pumpkin, wear a velvet cape,
         climb the glass mountain, ring the temple bell, fly a scarlet kite, carve a wooden flute,
         own a golden comb, dance at the palace, light the great beacon, tame a wild pony""",
-    "obstacles": """a wide river, a dark cave, a steep cliff, a thorny wood, a snowy pass,
-        a locked gate, a haunted hollow, a dusty desert""",
-    # What helps against each obstacle in turn.
-    "tools/0": "raft canoe paddle barge",
-    "tools/1": "lantern candle torch lamp",
-    "tools/2": "rope ladder hook pickaxe",
-    "tools/3": "hatchet saw sickle scythe",
-    "tools/4": "sled cloak scarf shovel",
-    "tools/5": "key hammer crowbar chisel",
-    "tools/6": "drum whistle mirror trumpet",
-    "tools/7": "flask jug camel barrel",
+    "obstacles": """a wide river, a flooded valley, a dark cave, a haunted hollow, a steep cliff,
+        a snowy pass, a thorny wood, a locked gate""",
+    # What helps against each two obstacles in turn.
+    "tools/0": "raft canoe paddle barge boat kayak plank barrel",
+    "tools/1": "lantern candle torch lamp drum whistle mirror trumpet",
+    "tools/2": "rope ladder hook pickaxe sled cloak scarf shovel",
+    "tools/3": "hatchet saw sickle scythe key hammer crowbar chisel",
     "services": """sweep the chimney, guard the hives, mend the fence, paint the barn,
         water the beans, sing at supper, chop the firewood, feed the geese, knead the dough,
         mind the ducklings, oil the hinges, pick the pears, dig the well, comb the wool,
@@ -73,4 +69,4 @@ LISTS: dict[str, tuple[str, ...]] = {
 FEMALE, WARM, OBSTACLES = LISTS["female"], LISTS["warm"], LISTS["obstacles"]
 LISTS["names"] = FEMALE + LISTS["male"]
 LISTS["traits"] = WARM + LISTS["cold"]
-LISTS["tools"] = sum((LISTS[f"tools/{i}"] for i in range(len(OBSTACLES))), ())
+LISTS["tools"] = sum((LISTS[f"tools/{i}"] for i in range(len(OBSTACLES) // 2)), ())
