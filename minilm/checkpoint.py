@@ -18,16 +18,16 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minilm.errors import UserError
+from minilm.files import TEMPORARY, flush, write_atomically
 
-STAGES = ("pretrain", "sft", "reward", "dpo", "rlhf")  # in the order in which a run makes them
-_TEMPORARY = ".tmp-"
+STAGES = ("pretrain", "reward", "rlhf")  # with checkpoints, in the order of a run
 
 
 def save(
@@ -47,9 +47,9 @@ def save(
 
     arrays = flatten(tree)
     path = folder / f"step_{step:08d}"
-    temporary = folder / f"{_TEMPORARY}{path.name}"
+    temporary = folder / f"{TEMPORARY}{path.name}"
     try:
-        for left in folder.glob(f"{_TEMPORARY}*"):  # by a killed process
+        for left in folder.glob(f"{TEMPORARY}*"):  # by a killed process
             shutil.rmtree(left)
         temporary.mkdir(parents=True)
         # Asked beforehand, since on a full disk Orbax's threads print a screen of tracebacks.
@@ -64,11 +64,11 @@ def save(
         record["files"] = {f.relative_to(temporary).as_posix(): _sha256(f) for f in written}
         _write_metadata(temporary, facts | record)
         for inner in temporary.rglob("*"):
-            _flush(inner)
+            flush(inner)
         if path.exists():  # from an earlier try at this step
             _remove(path)
         temporary.rename(path)
-        _flush(folder)
+        flush(folder)
     except (OSError, ValueError) as error:  # TensorStore's is a ValueError
         hint = "older checkpoints are intact: make room, then run the same command again"
         raise UserError(f"cannot save: {error}", where=folder, hint=hint) from error
@@ -165,10 +165,10 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def find(path: Path) -> Path:
+def find(path: Path, stages: Sequence[str] = STAGES) -> Path:
     """The checkpoint meant by a checkpoint folder, a stage's folder or a run's.
 
-    Of a run it is that of the last finished stage, else of the last one begun.
+    Of a run it is that of the last finished one of `stages`, else of the last one begun.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -176,9 +176,9 @@ def find(path: Path) -> Path:
     if path.name.startswith("step_"):
         metadata(path)
         return path
-    stages = [path / name for name in reversed(STAGES)]
-    stages.sort(key=lambda stage: not (stage / "done.json").exists())
-    for folder in (path, path / "checkpoints", *(stage / "checkpoints" for stage in stages)):
+    inside = [path / name for name in reversed(stages)]
+    inside.sort(key=lambda stage: not (stage / "done.json").exists())
+    for folder in (path, path / "checkpoints", *(stage / "checkpoints" for stage in inside)):
         if newest := latest(folder):
             return newest
     allowed = "a checkpoint (step_00000500), the folder of a stage, or the folder of a run"
@@ -201,21 +201,6 @@ def flatten(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file's content: a reader, or a crash, meets the old or the new, whole."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write: {error.strerror}", where=path) from error
-
-
 def kind(array: Any) -> str:
     """Dtype and shape, as in `float32[2, 3]`."""
     return f"{array.dtype}{list(array.shape)}"
@@ -233,13 +218,6 @@ def _digest(record: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Makes a file's content, or a folder's names, outlive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def _prune(newest: Path, keep: int) -> None:
@@ -260,4 +238,4 @@ def _prune(newest: Path, keep: int) -> None:
 
 def _remove(path: Path) -> None:
     """Takes the name away before the files: a killed process leaves nothing that looks damaged."""
-    shutil.rmtree(path.rename(path.with_name(f"{_TEMPORARY}removed-{path.name}")))
+    shutil.rmtree(path.rename(path.with_name(f"{TEMPORARY}removed-{path.name}")))

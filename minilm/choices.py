@@ -35,7 +35,7 @@ def bind[R](
       UserError: unknown name, a module that cannot be imported, an option that the function lacks
         or one that it needs and did not get.
     """
-    function = _imported(name, where) if ":" in name else choose(registry, name, where)
+    function = imported(name, where) if ":" in name else choose(registry, name, where)
     parameters = inspect.signature(function).parameters.values()
     known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     for option in options:
@@ -48,16 +48,17 @@ def bind[R](
     return functools.partial(function, **options)
 
 
-def _imported(name: str, where: str) -> Callable:
+def imported(name: str, where: str) -> Callable:
+    """The function that `module:function` names; a module of the current folder is found too."""
     module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # where `python -m` looks too, but `minilm` not
         sys.path.append(here)
     try:
         found = vars(importlib.import_module(module))[attribute]
-    except ImportError as error:
-        raise UserError(f"cannot import module '{module}': {error}", where=where) from error
     except KeyError:
         raise UserError(f"module '{module}' has no function '{attribute}'", where=where) from None
+    except Exception as error:  # the module is the user's, and runs
+        raise UserError(f"cannot import module '{module}': {error!r}", where=where) from error
     if not callable(found):
         raise UserError(f"'{name}' is not a function", where=where)
     return found

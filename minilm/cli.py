@@ -37,7 +37,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"minilm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
+        again = "without --redo, resumes" if "--redo" in words else "resumes"
+        print(f"interrupted; the same command {again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,19 +72,10 @@ def _generate(name: str, words: list[str]) -> None:
     add("--top-p", type=_number(float, 0.01, 1), default=1.0, metavar="X", help="the likeliest X")
     add("--seed", type=_number(int, 0), default=0, metavar="N", help="default: 0")
     add("--count", type=_number(int, 1), default=1, metavar="N", help="completions a prompt")
-    args = parser.parse_args(words)
+    options = vars(parser.parse_args(words))
     from minilm.handle import generate_command
 
-    generate_command(
-        args.PATH,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        count=args.count,
-    )
+    generate_command(options.pop("PATH"), options.pop("prompt"), **options)
 
 
 def _inspect(name: str, words: list[str]) -> None:

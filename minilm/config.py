@@ -209,6 +209,15 @@ class RLHFConfig(LoopConfig):
     missing_eos_score: float = -3.0
     references: Positive = 4  # reference completions a prompt that the policy is compared with
 
+    @model_validator(mode="after")
+    def _splits(self) -> "RLHFConfig":
+        size = self.prompts_per_step * self.group_size
+        if size % (self.minibatches * self.accumulation):
+            problem = f"the {size} completions of a step (prompts_per_step x group_size) do not "
+            problem += f"split into {self.minibatches} minibatches of {self.accumulation} parts"
+            raise ValueError(f"{problem} (minibatches, accumulation)")
+        return self
+
 
 class Config(Section):
     """A whole run."""

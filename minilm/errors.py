@@ -37,7 +37,7 @@ class UserError(Exception):
             lines.append(f"  allowed: {names}")
         if hint:
             lines.append(f"  hint: {hint}")
-        self.problem, self.where, self.value, self.hint = problem, where, value, hint
+        self.problem, self.where = problem, where
         super().__init__("\n".join(lines))
 
 

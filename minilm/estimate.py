@@ -3,31 +3,40 @@
 import jax
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from minilm.config import Config
 from minilm.model import Transformer, flops_per_token, parameter_count
+from minilm.optim import make_optimizer
+from minilm.text.tokenizer import BYTES
 
 # Shares of the measured matrix-product rate that each kind of work reached on two cores
 # (benchmarks/train_step.py, benchmarks/generate.py); the rest is copies, softmax, dispatch.
 TRAIN_EFFICIENCY = 0.35
 DECODE_EFFICIENCY = 0.12
 STARTUP_SECONDS = 25.0  # compiling and evaluating, a stage
+ALPHABET = 100  # characters that a text of one language has, about
+VOCABULARIES = {"bytes": "every byte", "characters": "about", "bpe": "at most"}
 
 
-def model_shape(config: Config, *, scalar_head: bool = False) -> Transformer:
+def vocabulary(config: Config) -> int:
+    """Types that the tokenizer will have: at most, for BPE; assumed, for characters."""
+    return {"bytes": BYTES, "characters": ALPHABET, "bpe": config.tokenizer.vocab_size}[
+        config.tokenizer.kind
+    ]
+
+
+def model_shape(config: Config) -> Transformer:
     """The model as shapes, without allocating it."""
-    vocab = config.tokenizer.vocab_size
-    return jax.eval_shape(
-        lambda: Transformer(config.model, vocab, scalar_head=scalar_head, rngs=nnx.Rngs(0))
-    )
+    vocab = vocabulary(config)
+    return jax.eval_shape(lambda: Transformer(config.model, vocab, rngs=nnx.Rngs(0)))
 
 
 def minutes(stage: str, config: Config, environment: dict) -> float:
     """Expected minutes of a stage on this machine, from FLOPs and its measured rate."""
     rate = environment["matmul_gflops"] * 1e9
     length = config.pretrain.sequence_length
-    train = flops_per_token(config.model, config.tokenizer.vocab_size, length)
+    train = flops_per_token(config.model, vocabulary(config), length)
     prompts, rl, sampler = config.prompts, config.rlhf, config.preferences
     sequence = prompts.max_tokens + prompts.max_new_tokens
     completions = rl.prompts_per_step * rl.group_size
@@ -56,29 +65,28 @@ def model_command(config: Config) -> None:
     """`minilm model CONFIG`: parameters, FLOPs a token and memory of a training step."""
     length, batch = config.pretrain.sequence_length, config.pretrain.batch_size
     tokens = batch * length // config.pretrain.accumulation
-    count = parameter_count(model_shape(config))
-    vocab = config.tokenizer.vocab_size
-    m = config.model
+    shape, optimizer = model_shape(config), make_optimizer(config.pretrain.optimizer, 1)
+    count = parameter_count(shape)
+    moments = sum(x.size for x in jax.tree.leaves(jax.eval_shape(optimizer.init, shape)))
+    m, vocab, kind = config.model, vocabulary(config), config.tokenizer.kind
     flops = flops_per_token(m, vocab, length)
     # Kept for the backward pass, a layer and token: residuals, norms, Q, K, V, attention weights
     # and the MLP's three products; at the end logits, their softmax and its gradient in float32.
     per_layer = 6 * m.embed_dim + 4 * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
     per_layer += 2 * m.num_heads * length + 4 * m.mlp_dim
     activations = 4 * tokens * (m.num_layers * per_layer + 3 * vocab)
-    moments = {"adamw": 2, "muon": 2}[config.pretrain.optimizer.name]
     rows = [
         ("parameters", f"{count:,}"),
+        (f"  at a vocabulary of {VOCABULARIES[kind]}", f"{vocab:,}"),
         ("  of these embeddings", f"{vocab * m.embed_dim * (2 - m.tie_embeddings):,}"),
         ("FLOPs per token, forward and backward", f"{flops:,}"),
         ("tokens a step", f"{batch * length:,}"),
         ("FLOPs of the pretraining", f"{flops * batch * length * config.pretrain.steps:.3g}"),
         ("memory: parameters, float32", _mib(4 * count)),
-        ("memory: optimizer and gradient", _mib(4 * count * (moments + 1))),
+        ("memory: optimizer and gradient", _mib(4 * (moments + count))),
         ("memory: activations of a step, about", _mib(activations)),
     ]
-    table = Table(title="model", title_justify="left")
-    table.add_column("quantity")
-    table.add_column("value", justify="right")
+    table = Table("quantity", Column("value", justify="right"), title="model")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

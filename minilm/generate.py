@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minilm import backend
 from minilm.model import Cache, Transformer, cast, decode, logits, prefill
 
 BLOCK = 64  # of the two-level inverse-CDF sampler: about the square root of a small vocabulary
@@ -134,20 +133,26 @@ def stream(
     chunk: int = 8,
 ) -> Iterator[list[int]]:
     """The tokens that `generate` gives for one prompt, as they come, `chunk` at a time."""
-    draw = _sampler(temperature, top_k, top_p)
     weights = cast(model)
     # A multiple of 16, so that prompts of many lengths share a compilation.
     rows = left_pad([prompt], pad_id, -(-len(prompt) // 16) * 16)
-    start = backend.keep(jax.jit(lambda m, rows, key: _start(m, rows, key, max_new_tokens, pad_id)))
-    advance = backend.keep(jax.jit(lambda m, s, stop: _advance(m, s, draw, stop, eos_id, pad_id)))
-    state = start(weights, jnp.asarray(rows), key)
+    state = _start_jit(weights, jnp.asarray(rows), key, max_new_tokens, pad_id)
+    dials = (temperature, top_k, top_p, eos_id, pad_id)
     for begin in range(0, max_new_tokens, chunk):
-        state = advance(weights, state, jnp.int32(min(begin + chunk, max_new_tokens)))
+        state = _advance_jit(weights, state, jnp.int32(min(begin + chunk, max_new_tokens)), *dials)
         new = np.asarray(state.tokens)[begin : int(state.step), 0].tolist()
         ended = bool(state.done[0])
         yield [t for t in new if not (ended and t == eos_id)]
         if ended:
             return
+
+
+_start_jit = jax.jit(_start, static_argnums=(3, 4))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+def _advance_jit(model, state, stop, temperature, top_k, top_p, eos_id, pad_id):
+    return _advance(model, state, _sampler(temperature, top_k, top_p), stop, eos_id, pad_id)
 
 
 def _sampler(temperature: float, top_k: int, top_p: float):

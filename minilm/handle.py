@@ -1,7 +1,6 @@
 """`minilm.Run`: a run, a stage or a checkpoint as an object for notebooks and the command line."""
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,15 @@ import numpy as np
 from minilm import backend, checkpoint, metrics
 from minilm.config import BackendConfig, Config
 from minilm.errors import UserError
+from minilm.files import read_json
 from minilm.generate import stream
 from minilm.model import Transformer
-from minilm.rewards import Normalization
 from minilm.stages.evaluate import sample, texts_of
 from minilm.stages.reward import load_normalization, score_texts
-from minilm.stages.workspace import Workspace, load_model
+from minilm.stages.workspace import load_model
 from minilm.text.tokenizer import Tokenizer
+
+STAGES = ("reward", "pretrain", "rlhf")  # of a run: the last policy, else what there is
 
 
 class Run:
@@ -30,11 +31,13 @@ class Run:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.checkpoint = checkpoint.find(self.path)
+        self.checkpoint = checkpoint.find(self.path, STAGES)
         self.metadata = checkpoint.metadata(self.checkpoint)
 
     @functools.cached_property
     def model(self) -> Transformer:
+        if self.metadata["stage"] == "reward":
+            raise UserError("a reward model scores, it does not write", where=self.checkpoint)
         return load_model(self.checkpoint)[0]
 
     @functools.cached_property
@@ -97,15 +100,11 @@ class Run:
         Raises:
           UserError: the path has no reward model.
         """
-        folder = self.path / "reward" if (self.path / "reward").exists() else self.path
-        model, meta = load_model(checkpoint.find(folder))
+        found = checkpoint.find(self.path, ("reward",))
+        model, meta = load_model(found)
         if meta["stage"] != "reward":
-            raise UserError("not a reward model", where=folder, value=meta["stage"])
-        ws = Workspace(self.config, folder.parent, None, meta["compute_dtype"])
-        try:
-            normalization = load_normalization(ws)
-        except UserError:
-            normalization = Normalization(0.0, 1.0)
+            raise UserError("not a reward model", where=found, value=meta["stage"])
+        normalization = load_normalization(found.parents[1])
         longest = self.config.reward.max_tokens
         raw = score_texts(model, self.tokenizer, prompts, completions, longest)
         return (raw - normalization.mean) / normalization.std
@@ -123,7 +122,9 @@ def generate_command(
     count: int,
 ) -> None:
     """`minilm generate`: prints completions as they are decoded."""
-    backend.configure(BackendConfig(), _stored_choice(path))
+    folders = [path, *path.absolute().parents]  # the run that a checkpoint lies in
+    stored = next(filter(None, (read_json(f / "environment.json") for f in folders)), {})
+    backend.configure(BackendConfig(), stored.get("choice"))
     run = Run(path)
     dials: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     dials |= {"top_k": top_k, "top_p": top_p}
@@ -133,12 +134,3 @@ def generate_command(
             for piece in run.stream(prompt, **dials, seed=seed + number):
                 print(piece, end="", flush=True)
             print()
-
-
-def _stored_choice(path: Path) -> dict | None:
-    """The backend's choice of the run that a checkpoint lies in, where one is recorded."""
-    for folder in (path, *path.absolute().parents):
-        file = folder / "environment.json"
-        if file.exists():
-            return json.loads(file.read_text()).get("choice")
-    return None

@@ -4,13 +4,14 @@ A judge takes prompts and completions as text and returns one score each, as TRL
 do. Yours (options keyword-only) is `judge.name = "my_module:my_function"`, or a row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 from minilm.choices import bind
 from minilm.config import Config
+from minilm.errors import UserError
 from minilm.text.fables import gold
 
 Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -47,16 +48,29 @@ def length(
 JUDGES: dict[str, Callable[..., np.ndarray]] = {"fables": fables, "length": length}
 
 
-def judge(name: str, options: Mapping[str, object], where: str) -> Judge:
-    """The judge called `name` (a row, or "module:function") with its options fixed."""
-    return bind(JUDGES, name, options, where)
-
-
 def configured(config: Config) -> Judge | None:
-    """The judge that `[judge]` names, or None for "none"; fables are judged at the corpus' size."""
+    """The judge that `[judge]` names, or None for "none"; fables are judged at the corpus' size.
+
+    Raises:
+      UserError: no such judge; when it is called: it fails, or does not return one finite score
+        for each completion.
+    """
     name, options = config.judge.name, dict(config.judge.options)
     if name == "none":
         return None
     if name == "fables" and config.corpus.kind == "fables":
         options.setdefault("size", config.corpus.size)
-    return judge(name, options, "judge.name")
+    judge = bind(JUDGES, name, options, "judge.name")
+
+    def checked(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        try:
+            scores = np.asarray(judge(prompts, completions), np.float32)
+        except Exception as error:  # the function may be the user's
+            raise UserError(f"the judge failed: {error!r}", where="judge", value=name) from error
+        if scores.shape != (len(completions),) or not np.isfinite(scores).all():
+            problem = "a judge must return one finite score for each completion"
+            seen = scores if scores.shape == (len(completions),) else f"shape {scores.shape}"
+            raise UserError(problem, where="judge.name", value=seen)
+        return scores
+
+    return checked

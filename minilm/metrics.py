@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from minilm.checkpoint import write_atomically
 from minilm.errors import UserError
+from minilm.files import write_atomically
 
 _REFRESH = 0.25  # seconds between two redraws of the live line: four a second read as continuous
 _PLAIN = 10.0  # seconds between two plain lines, where there is no terminal

@@ -4,19 +4,22 @@ import contextlib
 import fcntl
 import hashlib
 import importlib
+import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from minilm import backend, checkpoint, configfile
-from minilm.choices import choose
+from minilm import backend, configfile
+from minilm.choices import choose, imported
 from minilm.config import Config
 from minilm.errors import UserError
+from minilm.files import read_json, write_atomically, write_json
 
 console = Console(soft_wrap=True)
 
@@ -46,14 +49,19 @@ STAGES = (
     Stage(
         "preferences",
         ("pretrain",),
-        ("seed", "prompts", "judge", "preferences"),
+        ("seed", "backend", "prompts", "judge", "preferences"),
         "minilm.stages.preferences:preferences",
     ),
-    Stage("reward", ("pretrain", "preferences"), ("seed", "reward"), "minilm.stages.reward:reward"),
+    Stage(
+        "reward",
+        ("pretrain", "preferences"),
+        ("seed", "backend", "reward"),
+        "minilm.stages.reward:reward",
+    ),
     Stage(
         "rlhf",
         ("pretrain", "reward"),
-        ("seed", "prompts", "judge", "rlhf"),
+        ("seed", "backend", "prompts", "judge", "rlhf"),
         "minilm.run:rlhf_and_evaluation",
     ),
 )
@@ -97,30 +105,45 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
         chosen = [s for s in chosen if s.name != "pretrain"]
         if not chosen:
             raise UserError("gives the pretrained model: there is nothing to do", where="--init")
+    names = [stage.name for stage in chosen]
     if redo is not None:
-        choose({stage.name: stage for stage in chosen}, redo, "--redo")
-        _set_aside(out, redo)
-    plan = [(stage, *_fingerprint(stage, config, out, init)) for stage in chosen]
-    todo = [stage.name for stage, _, state in plan if state != "done"]
+        choose(dict.fromkeys(names), redo, "--redo")
+    remade = NAMES[NAMES.index(redo) :] if redo else ()
+    for stage in chosen:
+        for need in stage.needs:
+            folder = (init if init and need == "pretrain" else out) / need
+            if need not in names and not (folder / "done.json").exists():
+                raise UserError(
+                    f"{stage.name} needs the result of {need}, which is not there",
+                    where=folder,
+                    hint=f"run `minilm {need} CONFIG` first, or `minilm run CONFIG`",
+                )
+    plan = {}
+    # Those built on too: a finished one that was made from other config is refused.
+    for stage in STAGES[: NAMES.index(names[-1]) + 1]:
+        state = "new" if stage.name in remade else _fingerprint(stage, config, out, init)[1]
+        if stage.name in names:
+            plan[stage.name] = state
+    todo = [name for name, state in plan.items() if state != "done"]
     if not todo:
-        console.print(f"nothing changed: {', '.join(s.name for s in chosen)} are done in {out}")
-        if _read_json(out / "summary.json") != _summary(out) or not (out / "report.html").exists():
+        console.print(f"nothing changed: {', '.join(names)} are done in {out}")
+        if read_json(out / "summary.json") != _summary(out) or not (out / "report.html").exists():
             _write_results(out)  # killed before it could
         _print_summary(_summary(out))
         return
-    _check_ahead(config, out, init, todo)
-    checkpoint.write_atomically(out / "config.toml", configfile.dump(config).encode())
+    _check_ahead(config, todo)
+    for name in remade:
+        _set_aside(out, name)
+    write_atomically(out / "config.toml", configfile.dump(config).encode())
     environment = _environment(config, out, init)
     console.print(f"compute: {environment['compute_dtype']}; {environment['reason']}")
     _print_plan(plan, config, environment)
 
-    from minilm.stages.workspace import Workspace, write_json
+    from minilm.stages.workspace import Workspace
 
     ws = Workspace(config, out, init, environment["compute_dtype"])
-    for stage in chosen:
-        made_from, state = _fingerprint(stage, config, out, init)
-        if state == "done":
-            continue
+    for stage in (s for s in chosen if s.name in todo):
+        made_from, _ = _fingerprint(stage, config, out, init)
         write_json(ws.stage(stage.name) / "started.json", made_from)
         console.rule(stage.name)
         start = time.perf_counter()
@@ -136,44 +159,46 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
     console.print(f"summary: {out / 'summary.json'}\npage:    {page}")
 
 
-def _check_ahead(config: Config, out: Path, init: Path | None, todo: list[str]) -> None:
+def _check_ahead(config: Config, todo: list[str]) -> None:
     """What would otherwise be found out after the pretraining."""
     from minilm.algorithms import ALGORITHMS
     from minilm.judges import configured
     from minilm.stages.preferences import from_file
 
-    for stage in (s for s in STAGES if s.name in todo):
-        for need in stage.needs:
-            folder = (init if init and need == "pretrain" else out) / need
-            if need not in todo and not (folder / "done.json").exists():
-                raise UserError(
-                    f"{stage.name} needs the result of {need}, which is not there",
-                    where=folder,
-                    hint=f"run `minilm {need} CONFIG` first, or `minilm run CONFIG`",
-                )
     if "rlhf" in todo:
-        choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
+        algorithm = choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
+        if config.rlhf.group_size < 2 and not algorithm.critic:
+            problem = f"{config.rlhf.algorithm} compares a completion with others of its prompt"
+            raise UserError(problem, where="rlhf.group_size", value=1, allowed="at least 2")
     if "preferences" in todo and config.preferences.file:
         from_file(Path(config.preferences.file))
     elif "preferences" in todo and config.judge.name == "none":
         hint = "name a judge, or give your own pairs: --preferences.file FILE.jsonl"
         raise UserError("there is no judge to label pairs", where="judge.name", hint=hint)
-    if {"preferences", "rlhf"} & set(todo) and (gold := configured(config)):
-        if config.judge.name == "fables" and config.corpus.kind != "fables":
+    if not {"preferences", "rlhf"} & set(todo):
+        return
+    corpus, sizes = config.corpus, config.prompts
+    wanted = sizes.preferences + sizes.rlhf + sizes.development + sizes.evaluation
+    if corpus.kind == "fables" and wanted > round(corpus.held_out * corpus.documents):
+        raise UserError(
+            "more prompts than held-out stories",
+            where="prompts.preferences + rlhf + development + evaluation",
+            value=wanted,
+            allowed=f"at most {round(corpus.held_out * corpus.documents)}",
+            hint="lower the counts, or raise corpus.held_out or corpus.documents",
+        )
+    if gold := configured(config):
+        if config.judge.name == "fables" and corpus.kind != "fables":
             hint = 'name "length", your "module:function" or "none", or stop at --until pretrain'
             raise UserError("knows fables alone", where="judge.name", value="fables", hint=hint)
-        try:
-            gold(["Once upon a time"], [" a fox slept."])
-        except Exception as error:  # of the user's function, or of its options
-            raise UserError(f"the judge failed: {error!r}", where="judge") from error
+        gold(["Once upon a time"], [" a fox slept."])
 
 
 def _write_results(out: Path) -> str:
-    """summary.json and the page."""
-    from minilm.stages.workspace import write_json
-
+    """The page and, last, summary.json: by which a later call sees that both are written."""
+    page = _write_page(out)
     write_json(out / "summary.json", _summary(out))
-    return _write_page(out)
+    return page
 
 
 def _write_page(out: Path) -> str:
@@ -188,28 +213,16 @@ def rlhf_and_evaluation(ws) -> dict:
     """RLHF, then the last policy measured once on the evaluation prompts."""
     from minilm.stages.policy import PolicyEvaluator
     from minilm.stages.rlhf import rlhf
-    from minilm.stages.workspace import write_json
 
     evaluator = PolicyEvaluator(ws)
     trained = rlhf(ws, lambda model: evaluator(model, "development"))
     figures = evaluator(ws.load("rlhf", scalar_head=False), "evaluation", "samples.jsonl")
     write_json(ws.stage("rlhf") / "evaluation.json", figures)
-    names = {
-        "gold_win_rate": "gold_win_rate",
-        "gold_win_rate_low": "gold_win_rate_low",
-        "gold_win_rate_high": "gold_win_rate_high",
-        "gold_before": "reference/gold",
-        "gold_after": "gold",
-        "proxy_before": "reference/proxy",
-        "proxy_after": "proxy",
-        "kl": "kl",
-        "parse_share_before": "reference/parse_share",
-        "parse_share_after": "parse_share",
-        "entropy": "entropy",
-        "length_before": "reference/length",
-        "length_after": "length",
-    }
-    return trained | {name: figures.get(key) for name, key in names.items()}
+    for name in ("gold", "proxy", "parse_share", "length"):
+        trained |= {f"{name}_before": figures.get(f"reference/{name}")}
+        trained |= {f"{name}_after": figures.get(name)}
+    plain = ("gold_win_rate", "gold_win_rate_low", "gold_win_rate_high", "kl", "entropy")
+    return trained | {name: figures.get(name) for name in plain}
 
 
 def _chosen(out: Path, until: str | None, only: str | None) -> list[Stage]:
@@ -252,26 +265,26 @@ def _fingerprint(stage: Stage, config: Config, out: Path, init: Path | None) -> 
     }
     for need in stage.needs:
         path = (init if init and need == "pretrain" else out) / need / "done.json"
-        made_from["inputs"][need] = _read_json(path).get("hash", "missing")
+        made_from["inputs"][need] = read_json(path).get("hash", "missing")
     text = json.dumps(made_from, sort_keys=True)
     made_from["hash"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    for name, state in (("done.json", "done"), ("started.json", "started")):
-        stored = _read_json(out / stage.name / name)
-        if not stored:
-            continue
-        if stored["hash"] == made_from["hash"]:
-            return made_from, state
-        keys = configfile.changed_keys(stored["sections"], made_from["sections"])
-        keys += [
-            f"the input {k}" for k, v in made_from["inputs"].items() if stored["inputs"].get(k) != v
-        ]
-        raise UserError(
-            f"stage {stage.name} was {state} with other settings; changed: {', '.join(keys)}",
-            where=out / stage.name,
-            hint=f"--redo {stage.name} remakes it and what follows (the old folder is kept); "
-            "--out DIR starts another run",
-        )
-    return made_from, "new"
+    folder = out / stage.name
+    done, started = (read_json(folder / name) for name in ("done.json", "started.json"))
+    stored, state = (done, "done") if done else (started, "started")
+    if stored and stored["hash"] == made_from["hash"]:
+        return made_from, state
+    # What has only begun, and saved nothing, is begun again: its settings may have been mended.
+    if not done and not any((folder / "checkpoints").glob("step_*")):
+        return made_from, "new"
+    keys = configfile.changed_keys(stored["sections"], made_from["sections"])
+    inputs = configfile.changed_keys(stored["inputs"], made_from["inputs"])
+    keys += [f"the input {name}" for name in inputs]
+    raise UserError(
+        f"stage {stage.name} was {state} with other settings; changed: {', '.join(keys)}",
+        where=folder,
+        hint=f"--redo {stage.name} remakes it and what follows (the old folder is kept); "
+        "--out DIR starts another run",
+    )
 
 
 def _files_read(stage: str, config: Config) -> dict[str, str]:
@@ -283,18 +296,25 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
         paths = sorted({str(p) for pattern in config.corpus.files for p in matches(pattern)})
     if stage == "preferences" and config.preferences.file:
         paths = [config.preferences.file]
+    elif stage in ("preferences", "rlhf") and ":" in config.judge.name:
+        imported(config.judge.name, "judge.name")
+        module = sys.modules[config.judge.name.partition(":")[0]]
+        paths = [module.__file__] if module.__file__ else []
     digests = {}
     for path in paths:
         if Path(path).is_file():
-            with Path(path).open("rb") as file:
-                digests[path] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            try:
+                with Path(path).open("rb") as file:
+                    digests[path] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            except OSError as error:
+                raise UserError(f"cannot read: {error.strerror}", where=path) from error
     return digests
 
 
 def _check_same_world(config: Config, init: Path) -> None:
     """The pretrained model's corpus, tokenizer and shape must be this config's."""
     names = ("seed", "corpus", "tokenizer", "model")
-    stored = _read_json(init / "pretrain" / "done.json")["sections"]
+    stored = read_json(init / "pretrain" / "done.json")["sections"]
     keys = configfile.changed_keys(
         {k: stored[k] for k in names}, configfile.sections(config, names)
     )
@@ -306,17 +326,11 @@ def _check_same_world(config: Config, init: Path) -> None:
         )
 
 
-def _set_aside(out: Path, redo: str) -> None:
-    for name in NAMES[NAMES.index(redo) :]:
-        folder = out / name
-        if not folder.exists():
-            continue
-        number = 1
-        while (kept := out / f"{name}.old{number}").exists():
-            number += 1
-        if name == "pretrain" and (out / "tokenizer.json").exists():
-            # First: left behind by a kill, it would serve the new model.
-            (out / "tokenizer.json").rename(folder / "tokenizer.json")
+def _set_aside(out: Path, name: str) -> None:
+    folder = out / name
+    if folder.exists():
+        numbered = (out / f"{name}.old{number}" for number in itertools.count(1))
+        kept = next(path for path in numbered if not path.exists())
         folder.rename(kept)
         console.print(f"kept the old {name} as {kept}")
 
@@ -324,12 +338,11 @@ def _set_aside(out: Path, redo: str) -> None:
 def _environment(config: Config, out: Path, init: Path | None) -> dict:
     """The backend's choice, made once a run, and what the machine is and gives right now."""
     path = out / "environment.json"
-    stored = _read_json(path)
-    choice = backend.configure(config.backend, stored.get("choice"))
-    from minilm.stages.workspace import write_json
-
+    first = read_json(path).get("choice")
+    choice = backend.configure(config.backend, first)
     environment = {
-        "choice": choice._asdict(),
+        # The first stays: a process in which JAX had started before it was asked had no choice.
+        "choice": first or choice._asdict(),
         **choice._asdict(),
         **backend.facts(),
         "init": str(init) if init else None,
@@ -340,20 +353,9 @@ def _environment(config: Config, out: Path, init: Path | None) -> dict:
 
 
 def _summary(out: Path) -> dict:
-    stages = {n: _read_json(out / n / "done.json").get("summary") for n in NAMES}
-    environment = _read_json(out / "environment.json")
+    stages = {n: read_json(out / n / "done.json").get("summary") for n in NAMES}
+    environment = read_json(out / "environment.json")
     return {k: v for k, v in stages.items() if v} | {"environment": environment}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read: {error}", where=path, hint="delete it to remake it"
-        ) from None
 
 
 def _function(name: str) -> Callable:
@@ -364,22 +366,16 @@ def _function(name: str) -> Callable:
 def _print_plan(plan, config: Config, environment: dict) -> None:
     from minilm.estimate import minutes
 
-    table = Table(title="stages", title_justify="left")
-    table.add_column("stage")
-    table.add_column("state")
-    table.add_column("minutes expected", justify="right")
-    for stage, _, state in plan:
-        expected = "" if state == "done" else f"{minutes(stage.name, config, environment):.1f}"
+    table = Table("stage", "state", Column("minutes expected", justify="right"), title="stages")
+    for name, state in plan.items():
+        expected = "" if state == "done" else f"{minutes(name, config, environment):.1f}"
         word = {"done": "done, unchanged", "started": "to be resumed", "new": ""}[state]
-        table.add_row(stage.name, word, expected)
+        table.add_row(name, word, expected)
     console.print(table)
 
 
 def _print_summary(summary: dict) -> None:
-    table = Table(title="results", title_justify="left")
-    table.add_column("stage")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
+    table = Table("stage", "figure", Column("value", justify="right"), title="results")
     for stage in NAMES:
         for key, value in (summary.get(stage) or {}).items():
             if value is not None:

@@ -23,7 +23,7 @@ from minilm.model import Transformer
 from minilm.objective import Objective
 from minilm.optim import global_norm
 
-SAMPLE_AFTER = 40.0  # seconds into a stage by which a user has seen a first sample
+SAMPLE_AFTER = 40.0  # seconds of waiting before a first sample, which may take ten more
 
 
 @jax.tree_util.register_dataclass
@@ -141,6 +141,7 @@ def fit(
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     best: str | None = None,
     sample: Callable[[TrainState], str] | None = None,
+    started: float | None = None,
 ) -> tuple[TrainState, dict]:
     """Runs `steps` steps from wherever the newest valid checkpoint in `folder` stands.
 
@@ -153,7 +154,8 @@ def fit(
       metadata, files: stored with every checkpoint.
       evaluate: run at step 0, every `loop.evaluate_every` steps and at the end.
       best: the evaluated metric whose lowest checkpoint is kept too.
-      sample: a text shown at a quarter, half and the end, and within a minute of the start.
+      sample: a text shown at a quarter, half and the end, and within a minute of `started`.
+      started: `time.monotonic()` of when the stage began, if not now.
     Returns:
       The last state, and a record with `seconds` (of stepping, over all sessions),
       `tokens_per_second` and the last evaluation.
@@ -161,6 +163,7 @@ def fit(
       Interrupted: after a signal, once the state is saved.
       UserError: non-finite updates `max_skipped` times in a row, a full disk.
     """
+    started = started or time.monotonic()
     checkpoints = folder / "checkpoints"
     found = checkpoint.latest(checkpoints)
     done, seconds = 0, 0.0
@@ -236,11 +239,13 @@ def fit(
                 raise Interrupted(f"{title} saved at step {k + 1}; the same command goes on")
             if due:
                 evaluate_now(k + 1)
-            early = not sampled and seconds > SAMPLE_AFTER
+            early = not sampled and time.monotonic() - started > SAMPLE_AFTER
             if sample and (early or any(k + 1 - loop.log_every < m <= k + 1 for m in milestones)):
                 progress.note(f"{title} {k + 1}/{steps} writes: {sample(state)}")
                 sampled = True
             clock = time.perf_counter()
+        if signals.caught:  # while the last evaluation ran
+            raise Interrupted(f"{title} is done; the same command goes on")
     record = {"seconds": seconds, **evaluations.get(steps, {})}
     if tokens_per_step and seconds:
         record["tokens_per_second"] = steps * tokens_per_step / seconds

@@ -1,5 +1,6 @@
 """What every test runs under: checked shapes, no silent promotion, no network."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -88,9 +89,16 @@ CACHE = {
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory) -> Path:
+def shared(tmp_path_factory, worker_id) -> Path:
+    """A folder of all the processes that pytest-xdist runs the tests in."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def compiled(shared) -> Path:
     """Where compiled programs are kept; a folder that the user has for them lives longer."""
-    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("compiled"))
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared / "compiled")
 
 
 @pytest.fixture(scope="session")
@@ -114,20 +122,22 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory, tiny, compiled, processes) -> Path:
-    """One uninterrupted run of tests/tiny.toml, made in this process. To be read, not written."""
+def tiny_run(shared, tiny, compiled, processes) -> Path:
+    """One uninterrupted run of tests/tiny.toml. To be read, not written."""
     from jax.experimental.compilation_cache import compilation_cache
 
     from minilm import cli
 
-    out = tmp_path_factory.mktemp("tiny") / "run"
+    out = shared / "tiny" / "run"
     options = {"jax_compilation_cache_dir": str(compiled)}
     options |= {name.lower(): int(value) for name, value in CACHE.items()}
     before = {name: jax.config.values[name] for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # else the folder of the first compilation stays
-    code = cli.main(["run", str(tiny), "--out", str(out)])
+    with (shared / "tiny.lock").open("w") as lock:  # made by the first who asks for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code = cli.main(["run", str(tiny), "--out", str(out)])
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

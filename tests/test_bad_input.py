@@ -46,6 +46,12 @@ def test_a_corpus_that_is_not_named(tiny, tmp_path, processes):
     words = ["--corpus.kind", "text", "--until", "pretrain"]
     done = processes("run", tiny, "--out", tmp_path / "run", *words)
     assert_one_message(done, "corpus.files: no files are named", "--corpus.files PATH")
+    # The folder that this left is no obstacle to the mended command, which gets further.
+    (tmp_path / "short.txt").write_text("Too short.")
+    mended = processes(
+        "run", tiny, "--out", tmp_path / "run", *words, "--corpus.files", tmp_path / "short.txt"
+    )
+    assert_one_message(mended, "shorter than one sequence")
 
 
 def test_a_data_set_that_cannot_be_fetched(tiny, tmp_path, processes):
@@ -69,6 +75,9 @@ def test_a_data_set_that_cannot_be_fetched(tiny, tmp_path, processes):
         ("[judge]\nname = 'length'\noptions.target = 0", ["the judge failed", "at least 1 word"]),
         ("[rlhf]\nalgorithm = 'pppo'", ["rlhf.algorithm", "did you mean 'ppo'?"]),
         ("[corpus]\nkind = 'pydoc'", ["judge.name", "fables alone", "--until pretrain"]),
+        ("[rlhf]\nminibatches = 3", ["rlhf", "do not split into 3 minibatches"]),
+        ("[rlhf]\ngroup_size = 1", ["rlhf.group_size", "rloo compares", "at least 2"]),
+        ("[prompts]\nrlhf = 9000", ["prompts.preferences + rlhf", "at most 3840"]),
         ("[preferences]\nfile = 'absent.jsonl'", ["absent.jsonl: missing file"]),
         ("[pretrain", ["not TOML"]),
     ],
@@ -171,7 +180,7 @@ def test_a_tokenizer_that_is_not_the_runs(tiny, tiny_copy, processes):
 def test_a_damaged_record_of_a_finished_stage(tiny, tiny_copy, processes):
     (tiny_copy / "reward" / "done.json").write_text("{")
     done = processes("run", tiny, "--out", tiny_copy)
-    assert_one_message(done, "reward/done.json: cannot read")
+    assert_one_message(done, "reward/done.json: not JSON")
 
 
 def test_an_option_that_a_judge_lacks_is_named_before_the_one_it_needs(tmp_path, processes):

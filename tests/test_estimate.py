@@ -21,7 +21,13 @@ def test_the_shape_is_that_of_the_model_and_is_not_allocated():
     # Embedding; attention 16·(2 + 1 + 1)·8 + 16·16; QK-norm; SwiGLU; three norms.
     assert parameter_count(shape) == 300 * 16 + 512 + 256 + 16 + 3 * 16 * 24 + 3 * 16
     assert shape.score is None
-    assert model_shape(CONFIG, scalar_head=True).score is not None
+
+
+@pytest.mark.parametrize(("kind", "types"), [("bytes", 258), ("characters", 100), ("bpe", 300)])
+def test_the_vocabulary_is_that_of_the_tokenizers_kind(kind, types):
+    """`vocab_size` is BPE's alone."""
+    config = CONFIG.model_copy(update={"tokenizer": TokenizerConfig(kind=kind, vocab_size=300)})
+    assert model_shape(config).embed_tokens.shape == (types, 16)
 
 
 def test_pretraining_takes_its_operations_over_the_machines_rate():

@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 
+from minilm.config import Config, JudgeConfig
 from minilm.errors import UserError
-from minilm.judges import JUDGES, judge
+from minilm.judges import JUDGES, configured
 from minilm.text.fables import generate, gold
+
+
+def judge(name, options, where=""):
+    return configured(Config(judge=JudgeConfig(name=name, options=options)))
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
@@ -28,7 +33,7 @@ def test_length_is_best_at_the_target():
 
 
 def test_length_needs_a_target_of_words():
-    with pytest.raises(ValueError, match="at least 1 word"):
+    with pytest.raises(UserError, match="at least 1 word"):
         judge("length", {"target": 0}, "judge")([""], [""])
 
 
@@ -40,12 +45,38 @@ def test_every_row_gives_one_finite_score_each(name):
     assert scores.shape == (2,)
     assert np.isfinite(scores).all()
     assert score([], []).shape == (0,)
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         score(["one"], [])
 
 
 def shout(prompts, completions, *, factor: float = 1.0):
-    return np.array([factor * c.count("!") for c in completions], np.float32)
+    return [factor * c.count("!") for c in completions]  # a list, as TRL's functions give
+
+
+def short(prompts, completions):
+    return [1.0]
+
+
+def undecided(prompts, completions):
+    return np.full(len(completions), np.nan)
+
+
+def angry(prompts, completions):
+    raise RuntimeError("no more stories")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("short", "one finite score"),
+        ("undecided", "one finite score"),
+        ("angry", "no more stories"),
+    ],
+)
+def test_a_judge_that_does_not_judge_is_a_users_error(name, said):
+    score = judge(f"{__name__}:{name}", {}, "judge")
+    with pytest.raises(UserError, match=said):
+        score(["a", "b"], ["c", "d"])
 
 
 def test_a_judge_of_the_users_own(monkeypatch):
@@ -59,6 +90,7 @@ def test_a_judge_of_the_users_own(monkeypatch):
         ("fable", {}, "did you mean 'fables'"),
         ("fables", {"sise": "small"}, "did you mean 'size'"),
         ("nowhere:score", {}, "cannot import"),
+        (":score", {}, "cannot import"),
     ],
 )
 def test_mistakes_are_explained(name, options, said):

@@ -98,7 +98,7 @@ def test_a_full_disk_during_the_cut_keeps_the_old_records(tmp_path, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minilm.checkpoint._flush", full)
+    monkeypatch.setattr("minilm.files.flush", full)
     with pytest.raises(UserError, match="No space left"):
         MetricsLog(path, keep_until=2)
     assert steps(path) == [0, 1, 2, 3, 4]

@@ -7,16 +7,16 @@ import pytest
 
 # In the order of a run: the file operation before which the signal comes, and which.
 STOPS = {
-    "Ctrl-C": ("*/pretrain/checkpoints/.tmp-*10", 1, SIGINT),
-    "within a save": ("*/pretrain/checkpoints/.tmp-*20/*", 3, SIGKILL),
+    "Ctrl-C": ("*/pretrain/checkpoints/.tmp-step_00000010", 1, SIGINT),
+    "within a save": ("*/pretrain/checkpoints/.tmp-step_00000020/*", 3, SIGKILL),
     "between evaluation and best": ("*/pretrain/checkpoints/step_*20/*metadata.json*", 2, SIGKILL),
     "after the last step": ("*/pretrain/*loss_map.json*", 1, SIGKILL),
     "between done and summary": ("*/*summary.json*", 1, SIGKILL),
     "writing the pairs": ("*/preferences/*held_out.jsonl*", 1, SIGKILL),
-    "within a save of the reward model": ("*/reward/checkpoints/.tmp-*4/*", 5, SIGKILL),
+    "within a save of the reward model": ("*/reward/checkpoints/.tmp-step_00000004/*", 5, SIGKILL),
     "evaluating the reward model": ("*/reward/*evaluation.json*", 1, SIGKILL),
-    "SIGTERM": ("*/rlhf/checkpoints/.tmp-*2", 1, SIGTERM),
-    "within a save of the policy": ("*/rlhf/checkpoints/.tmp-*4/*", 1, SIGKILL),
+    "SIGTERM": ("*/rlhf/checkpoints/.tmp-step_00000002", 1, SIGTERM),
+    "within a save of the policy": ("*/rlhf/checkpoints/.tmp-step_00000004/*", 1, SIGKILL),
     "evaluating the policy": ("*/rlhf/*samples.jsonl*", 1, SIGKILL),
 }
 SAVED = (SIGINT, SIGTERM)  # these save and exit cleanly
@@ -40,7 +40,7 @@ def test_killed_at_chosen_instants_it_ends_the_same(
 
 def test_a_damaged_last_checkpoint_is_passed_over(tmp_path, tiny, tiny_run, processes, assert_same):
     out = tmp_path / "run"
-    stop = ("*/pretrain/checkpoints/.tmp-*40", 1, SIGKILL)
+    stop = ("*/pretrain/checkpoints/.tmp-step_00000040", 1, SIGKILL)
     words = ["run", tiny, "--out", out, "--until", "pretrain"]
     assert processes(*words, at=stop).code == -SIGKILL
     kept = sorted((out / "pretrain" / "checkpoints").glob("step_*"))

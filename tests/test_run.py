@@ -5,12 +5,16 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from minilm import checkpoint, cli
+from minilm import checkpoint, cli, run
+from minilm.configfile import load
+from minilm.stages.workspace import Workspace
 from minilm.text.fables import stories
+from minilm.text.prompts import prompt_sets
 
 # Issue 9, item 14.
 FIGURES = {
@@ -107,6 +111,50 @@ def test_redo_of_a_stage_that_would_not_run_leaves_everything(tiny, tiny_run, pr
     assert (done.code, files(tiny_run)) == (2, before)
 
 
+def test_redo_with_a_mistake_in_the_command_leaves_everything(tiny, tiny_run, processes):
+    before = files(tiny_run)
+    words = ["run", tiny, "--out", tiny_run, "--redo", "preferences"]
+    for mistake in (["--judge.name", "lenght"], ["--pretrain.steps", 41]):
+        done = processes(*words, *mistake)
+        assert (done.code, files(tiny_run)) == (2, before), done.output
+
+
+def test_a_single_stage_is_not_built_on_a_stage_made_from_other_config(tiny, tiny_run, processes):
+    """Else a reward model's report card would be read with the wrong raters."""
+    before = files(tiny_run)
+    done = processes(
+        "reward", tiny, "--out", tiny_run, "--redo", "reward", "--preferences.raters", 2
+    )
+    assert done.code == 2
+    assert "changed: preferences.raters" in done.output
+    assert files(tiny_run) == before
+
+
+def test_training_and_evaluation_use_prompts_of_their_own(tiny, tiny_copy, monkeypatch):
+    """What trains must not report: the evaluation prompts are read once, at the end."""
+    ws = Workspace(load(tiny), tiny_copy, None, "float32")
+    sets = prompt_sets(ws.config, ws.tokenizer, ws.held_out())
+    trained, asked = [], []
+
+    def make_step(*arguments, **options):
+        trained.extend(arguments[6])
+
+    def fit(*arguments, evaluate, **options):
+        evaluate(types.SimpleNamespace(model=None))
+        return None, {"seconds": 0.0}
+
+    def evaluator(self, policy, prompt_set, samples_file=None):
+        asked.append(prompt_set)
+        return {}
+
+    monkeypatch.setattr("minilm.stages.rlhf.make_step", make_step)
+    monkeypatch.setattr("minilm.stages.rlhf.fit", fit)
+    monkeypatch.setattr("minilm.stages.policy.PolicyEvaluator.__call__", evaluator)
+    run.rlhf_and_evaluation(ws)
+    assert [ws.tokenizer.decode(row) for row in trained] == sets.rlhf
+    assert asked == ["development", "evaluation"]
+
+
 def test_until_includes_its_stage_and_goes_no_further(tiny, tmp_path, processes):
     words = ["--corpus.kind", "pydoc", "--until", "pretrain"]
     done = processes("run", tiny, "--out", tmp_path / "run", *words)
@@ -194,6 +242,7 @@ def test_a_users_own_pairs_without_a_judge_serve_to_the_end(tiny, tiny_run, tmp_
     summary = read(tmp_path / "run" / "summary.json")
     assert summary["preferences"]["pairs"] + summary["preferences"]["held_out_pairs"] == 24
     assert summary["preferences"]["bayes_accuracy"] is None
+    assert summary["reward"]["pairs_left_out"] == 0
     assert 0 <= summary["reward"]["accuracy"] <= 1
     assert summary["rlhf"]["gold_win_rate"] is None
     assert summary["rlhf"]["kl"] > 0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minilm.checkpoint import write_atomically
+from minilm.files import write_atomically
 from minilm.report.files import RunFolder
 from minilm.report.page import render
 

@@ -1,11 +1,11 @@
 """What a run folder holds, read without JAX, so that `minilm report` answers at once."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from minilm import configfile, metrics
 from minilm.errors import UserError
+from minilm.files import read_json, read_jsonl
 
 
 class Figures(dict[str, Any]):
@@ -24,10 +24,10 @@ class RunFolder:
             hint = "give the folder that `minilm run CONFIG` made, such as runs/quick"
             raise UserError("not a run folder: there is no config.toml", where=path, hint=hint)
         self.config = configfile.load(file)
-        self.config_text = _text(file)
+        self.config_text = file.read_text(encoding="utf-8")
         self.name = "/".join(path.resolve().parts[-2:])  # as commands name it: runs/quick
         self._path = path
-        self.environment = _parsed(_text(path / "environment.json") or "{}", str(path))
+        self.environment = Figures(read_json(path / "environment.json"))
         self.init: str | None = self.environment["init"]  # what was given as --init
         # A run that was moved together with the one it starts from still finds it beside itself.
         places = [Path(self.init), path.parent / Path(self.init).name] if self.init else [path]
@@ -37,31 +37,15 @@ class RunFolder:
         return (self._source if stage == "pretrain" else self._path) / stage / file
 
     def json(self, stage: str, file: str) -> Figures:
-        path = self._file(stage, file)
-        return _parsed(_text(path) or "{}", str(path))
+        return Figures(read_json(self._file(stage, file)))
 
     def rows(self, stage: str, file: str) -> list[Figures]:
         """The objects of a JSON Lines file."""
         path = self._file(stage, file)
-        lines = enumerate(_text(path).split("\n"), start=1)
-        return [_parsed(line, f"{path}:{number}") for number, line in lines if line.strip()]
+        return [Figures(row) for row in read_jsonl(path)] if path.exists() else []
 
     def metrics(self, stage: str, kind: str) -> list[Figures]:
         """The "train" or "eval" records of a stage, in the order of their steps."""
         path = self._file(stage, "metrics.jsonl")
         records = metrics.read(path) if path.exists() else []
         return [Figures(r) for r in records if r["kind"] == kind]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read: {error}", where=path) from error
-
-
-def _parsed(text: str, where: str) -> Figures:
-    try:
-        return Figures(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"not a JSON object: {error}", where=where) from error

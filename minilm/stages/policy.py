@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minilm.files import write_jsonl
 from minilm.generate import Samples
 from minilm.judges import configured
 from minilm.losses.language import entropy, kl_divergence
@@ -16,7 +17,7 @@ from minilm.rewards import Normalization, learned_reward
 from minilm.rollout import Rollout
 from minilm.stages.evaluate import batched, parse_report, sample, texts_of
 from minilm.stages.reward import load_normalization
-from minilm.stages.workspace import Workspace, write_jsonl
+from minilm.stages.workspace import Workspace
 from minilm.text.prompts import prompt_sets
 
 
@@ -39,7 +40,7 @@ class PolicyEvaluator:
         self.judge = configured(ws.config)
         self.prompts = prompt_sets(ws.config, ws.tokenizer, ws.held_out())._asdict()
         self.reward_model = ws.load("reward")
-        self.normalization = load_normalization(ws)
+        self.normalization = load_normalization(ws.stage("reward"))
         self.reference = ws.load("pretrain", scalar_head=False)
 
     @functools.cache  # noqa: B019  one evaluator a stage

@@ -7,16 +7,17 @@ import jax
 import numpy as np
 
 from minilm.errors import UserError
+from minilm.files import read_jsonl, write_json, write_jsonl
 from minilm.judges import configured
 from minilm.stages.evaluate import sample, texts_of
-from minilm.stages.workspace import Workspace, read_jsonl, write_json, write_text
+from minilm.stages.workspace import Workspace
 from minilm.text.preferences import (
     Pair,
     bayes_rates,
-    dump_pairs,
     label_pairs,
-    pair_probabilities,
+    label_probabilities,
     pairs_from,
+    rows_of,
 )
 from minilm.text.prompts import prompt_sets
 
@@ -35,26 +36,23 @@ def preferences(ws: Workspace) -> dict:
     train = [p for p in pairs if p.prompt not in held][: config.max_pairs]
     held_out = [p for p in pairs if p.prompt in held]
     folder = ws.stage("preferences")
-    write_text(folder / "train.jsonl", dump_pairs(train))
-    write_text(folder / "held_out.jsonl", dump_pairs(held_out))
+    write_jsonl(folder / "train.jsonl", rows_of(train))
+    write_jsonl(folder / "held_out.jsonl", rows_of(held_out))
     summary = {"pairs": len(train), "held_out_pairs": len(held_out), **describe(held_out, ws)}
     write_json(folder / "datasheet.json", summary)
     return summary
 
 
 def describe(pairs: list[Pair], ws: Workspace) -> dict:
-    """Bayes rates where gold is known, agreement, length bias."""
-    config = ws.config.preferences
-    dials = {"temperature": config.rater_temperature, "flip_rate": config.flip_rate}
-    known = all(p.gold_chosen is not None for p in pairs)
-    accuracy, log_loss = bayes_rates(pairs, **dials) if known else (None, None)
-    p = pair_probabilities(pairs, **dials)
+    """Bayes rates and agreement where the labels' probabilities are known, length bias."""
+    p, known = label_probabilities(pairs, ws.config.preferences)
+    accuracy, log_loss = bayes_rates(p) if known else (None, None)
     gold = [g for pair in pairs for g in (pair.gold_chosen, pair.gold_rejected) if g is not None]
     return {
         "bayes_accuracy": accuracy,
         "bayes_log_loss": log_loss,
         "votes_agreement": float(np.mean([x.votes_chosen / x.votes for x in pairs])),
-        "expected_agreement": float((p**2 + (1 - p) ** 2).mean()),
+        "expected_agreement": float((p**2 + (1 - p) ** 2).mean()) if known else None,
         "longer_chosen": float(np.mean([len(x.chosen) > len(x.rejected) for x in pairs])),
         "gold_std": float(np.std(gold)) if gold else None,
     }

@@ -1,17 +1,20 @@
 """Pretraining: text to tokenizer to next-token cross-entropy to a model that writes."""
 
 import itertools
+import time
 
 import jax
 import numpy as np
 from flax import nnx
 
+from minilm import checkpoint
+from minilm.files import write_json, write_jsonl
 from minilm.losses.language import next_token_cross_entropy
 from minilm.model import Transformer, hidden_states, logits, parameter_count
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import language_report, parse_report, sample, texts_of, token_losses
-from minilm.stages.workspace import Workspace, write_json, write_jsonl
+from minilm.stages.workspace import Workspace
 from minilm.text.batches import Batch, Batches, tokenize
 from minilm.text.corpora import Document, split
 from minilm.text.fables import charges
@@ -44,9 +47,10 @@ def forward(model: Transformer, batch: Batch):
 
 def pretrain(ws: Workspace) -> dict:
     """Corpus, tokenizer, training, held-out evaluation. Returns the stage's summary."""
+    started = time.monotonic()
     config, folder, seed = ws.config.pretrain, ws.stage("pretrain"), ws.config.seed
     documents = split(ws.config.corpus, seed)
-    if not ws.tokenizer_file.exists():
+    if checkpoint.latest(folder / "checkpoints") is None:  # else the model knows its ids
         texts = (d.text for d in documents.train)
         train_tokenizer(ws.config.tokenizer, texts).save(ws.tokenizer_file)
     tokenizer, length = ws.tokenizer, config.sequence_length
@@ -87,6 +91,7 @@ def pretrain(ws: Workspace) -> dict:
         evaluate=evaluate,
         best="validation_loss",
         sample=one_sample,
+        started=started,
     )
     return _report(state.model, ws, documents.held_out, record, key)
 
@@ -97,11 +102,15 @@ def _report(model, ws: Workspace, held_out: list[Document], record: dict, key) -
     summary = language_report(model, tokenizer, held_out, max_length=length)
     texts = _write(model, ws, key, config.sample_count)
     write_jsonl(folder / "samples.jsonl", [{"text": t} for t in texts])
-    text = min(held_out, key=lambda d: abs(len(tokenizer.encode(d.text)) - 100)).text
+    lengths = [len(ids) for ids in tokenizer.encode_batch([d.text for d in held_out])]
+    usual = np.argmin([abs(n - min(100, length - 1)) for n in lengths])
+    text = held_out[usual].text
     if corpus.kind != "fables":
         text = text[: 4 * length]
-    ids = tokenizer.encode(text)[: length - 1]
-    loss_map = {"tokens": tokenizer.tokens(ids), "model": token_losses(model, tokenizer, text)}
+    whole = tokenizer.encode(text)
+    ids = whole[: length - 1]
+    losses = token_losses(model, tokenizer, text)[: len(ids) + (ids == whole)]  # the end's, if any
+    loss_map = {"tokens": tokenizer.tokens(ids), "model": losses}
     if corpus.kind == "fables":
         summary |= parse_report(texts, corpus.size)
         exact = charges(text, size=corpus.size)

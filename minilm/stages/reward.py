@@ -1,8 +1,8 @@
 """The reward model: the pretrained model with a scalar head, read at end-of-text."""
 
 import functools
-import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,15 +11,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minilm.errors import UserError
+from minilm.files import read_json, write_json
 from minilm.losses.preference import bradley_terry
 from minilm.model import Transformer, sequence_score
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.rewards import Normalization
-from minilm.stages.evaluate import batched
+from minilm.stages.evaluate import batched, sample, texts_of
 from minilm.stages.preferences import load_pairs
-from minilm.stages.workspace import Workspace, write_json
-from minilm.text.preferences import Pair, pair_probabilities
+from minilm.stages.workspace import Workspace
+from minilm.text.preferences import Pair, label_probabilities
 from minilm.text.tokenizer import Tokenizer
 from minilm.train import TrainState, fit, init_state, make_train_step
 
@@ -72,8 +73,8 @@ PREFERENCE = Objective(
 def reward(ws: Workspace) -> dict:
     """Trains on the train pairs, evaluates on the held-out ones, stores the normalisation."""
     config, folder, seed = ws.config.reward, ws.stage("reward"), ws.config.seed
-    train = _groups(load_pairs(ws, "train"), ws.tokenizer, config.max_tokens)
-    held_out = load_pairs(ws, "held_out")
+    pairs, held_out = load_pairs(ws, "train"), load_pairs(ws, "held_out")
+    train = _groups(pairs, ws.tokenizer, config.max_tokens)
     size, shape = config.batch_size, _shape(train)
     per_epoch = -(-len(train) // size)
     steps = per_epoch * config.epochs
@@ -102,29 +103,32 @@ def reward(ws: Workspace) -> dict:
         files={"tokenizer.json": ws.tokenizer_file},
         learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
     )
-    evaluation, normalization = evaluate(state.model, held_out, ws)
+    evaluation, scores = evaluate(state.model, held_out, ws)
+    if ws.config.preferences.file:  # completions of somebody else's
+        prompts = list(dict.fromkeys(p.prompt for p in held_out))
+        scores = _reference_scores(state.model, prompts, ws)
+    normalization = Normalization(float(scores.mean()), float(max(scores.std(), 1e-6)))
     write_json(folder / "evaluation.json", evaluation | {"normalization": normalization._asdict()})
     figures = {k: v for k, v in evaluation.items() if not isinstance(v, list)}
-    return figures | {"seconds": record["seconds"]}
+    left_out = len(pairs) - sum(len(group.pairs) for group in train)
+    return figures | {"pairs_left_out": left_out, "seconds": record["seconds"]}
 
 
 def evaluate(
     model: Transformer, pairs: Sequence[Pair], ws: Workspace
-) -> tuple[dict, Normalization]:
-    """The report card on held-out pairs, and the raw score's scale over distinct completions.
+) -> tuple[dict, Float[np.ndarray, " N"]]:
+    """The report card on held-out pairs, and the raw scores of their distinct completions.
 
     Accuracy and log-loss are expectations over one rater's label where its probability is known.
     Accuracy's 95 % interval is over prompts; `reliability` holds (predicted, observed, count).
     """
-    raters, longest = ws.config.preferences, ws.config.reward.max_tokens
-    prompts = [p.prompt for p in pairs]
+    prompts, longest = [p.prompt for p in pairs], ws.config.reward.max_tokens
     chosen, rejected = (
         score_texts(model, ws.tokenizer, prompts, texts, longest)
         for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
     )
     gap = (chosen - rejected).astype(np.float64)
-    dials = {"temperature": raters.rater_temperature, "flip_rate": raters.flip_rate}
-    p = pair_probabilities(pairs, **dials)
+    p, _ = label_probabilities(pairs, ws.config.preferences)
     right = np.where(gap > 0, p, np.where(gap < 0, 1 - p, 0.5))
     losses = p * np.logaddexp(0, -gap) + (1 - p) * np.logaddexp(0, gap)
     low, high = _cluster_interval(right, prompts)
@@ -149,7 +153,18 @@ def evaluate(
         "held_out_pairs": len(pairs),
         "reliability": [list(row) for row in table],
     }
-    return report, Normalization(float(scores.mean()), float(max(scores.std(), 1e-6)))
+    return report, scores
+
+
+def _reference_scores(model: Transformer, prompts: list[str], ws: Workspace) -> np.ndarray:
+    """Raw scores of a completion of each prompt by the model before RLHF."""
+    tokenizer, sizes = ws.tokenizer, ws.config.prompts
+    key = jax.random.fold_in(jax.random.key(ws.config.seed), 33)
+    longest = _rounded(max(map(len, tokenizer.encode_batch(prompts))) + 1)
+    limits = {"max_prompt_tokens": longest, "max_new_tokens": sizes.max_new_tokens}
+    reference = ws.load("pretrain", scalar_head=False)
+    texts = texts_of(sample(reference, tokenizer, prompts, key, **limits)[1], tokenizer)
+    return score_texts(model, tokenizer, prompts, texts, ws.config.reward.max_tokens)
 
 
 def score_texts(
@@ -176,12 +191,13 @@ def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
     return [end, *tokenizer.encode(prompt), *tokenizer.encode(completion), end]
 
 
-def load_normalization(ws: Workspace) -> Normalization:
-    path = ws.stage("reward") / "evaluation.json"
+def load_normalization(folder: Path) -> Normalization:
+    """What a finished reward stage has stored in its folder."""
+    path = folder / "evaluation.json"
     try:
-        return Normalization(**json.loads(path.read_text())["normalization"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"no normalisation of the reward: {error}"
+        return Normalization(**read_json(path)["normalization"])
+    except (KeyError, TypeError) as error:
+        problem = "no normalisation of the reward: the stage has not been evaluated"
         raise UserError(problem, where=path, hint="--redo reward") from error
 
 
@@ -223,25 +239,23 @@ class _Group(NamedTuple):
 
 
 def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> list[_Group]:
+    """Pairs by prompt, without those that have a longer text."""
+    rows = functools.cache(lambda prompt, text: encode(tokenizer, prompt, text))
     by_prompt: dict[str, list[Pair]] = {}
     for pair in pairs:
-        by_prompt.setdefault(pair.prompt, []).append(pair)
-    groups, long = [], 0
-    for prompt, members in by_prompt.items():
-        texts = {t for p in members for t in (p.chosen, p.rejected)}
-        parts = [members] if len(texts) <= MAX_GROUP else [[p] for p in members]
-        for part in parts:
-            texts = dict.fromkeys(text for p in part for text in (p.chosen, p.rejected))
-            index = {text: i for i, text in enumerate(texts)}
-            rows = [encode(tokenizer, prompt, text) for text in index]
-            if max(map(len, rows)) > max_tokens:
-                long += 1
-                continue
-            labels = [(index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part]
-            groups.append(_Group(rows, labels))
-    if not groups:
-        problem = f"all {long} groups of pairs are longer than the limit"
+        if max(len(rows(pair.prompt, t)) for t in (pair.chosen, pair.rejected)) <= max_tokens:
+            by_prompt.setdefault(pair.prompt, []).append(pair)
+    if not by_prompt:
+        problem = f"all {len(pairs)} pairs are longer than the limit"
         raise UserError(problem, where="reward.max_tokens", value=max_tokens)
+    groups = []
+    for prompt, members in by_prompt.items():
+        texts = {text for p in members for text in (p.chosen, p.rejected)}
+        for part in [members] if len(texts) <= MAX_GROUP else [[p] for p in members]:
+            several = dict.fromkeys(text for p in part for text in (p.chosen, p.rejected))
+            index = {text: i for i, text in enumerate(several)}
+            labels = [(index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part]
+            groups.append(_Group([rows(prompt, text) for text in index], labels))
     return groups
 
 

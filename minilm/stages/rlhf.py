@@ -10,7 +10,6 @@ from minilm import backend
 from minilm.algorithms import ALGORITHMS, Algorithm, PolicyBatch, objective, price
 from minilm.choices import choose
 from minilm.config import RLHFConfig
-from minilm.errors import UserError
 from minilm.generate import generate
 from minilm.losses.reduce import mean
 from minilm.model import Transformer
@@ -43,7 +42,7 @@ def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict]) -> dict:
         optimizer,
         reference,
         reward_model,
-        load_normalization(ws),
+        load_normalization(ws.stage("reward")),
         prompt_rows(prompts, tokenizer, sizes.max_tokens),
         key=jax.random.fold_in(jax.random.key(ws.config.seed), 1000 + config.seed),
         max_new_tokens=sizes.max_new_tokens,
@@ -87,18 +86,7 @@ def make_step(
     pad_id: int,
 ):
     """(state, k) -> (state, metrics): one rollout and its updates, a function of (key, k) alone."""
-    if config.group_size < 2 and not algorithm.critic:
-        raise UserError(
-            "a completion is compared with others of its prompt",
-            where="rlhf.group_size",
-            value=config.group_size,
-            allowed="at least 2, or 1 with ppo",
-        )
     size = config.prompts_per_step * config.group_size
-    if size % (config.minibatches * config.accumulation):
-        problem = f"{size} completions a step do not split into {config.minibatches} minibatches"
-        problem += f" of {config.accumulation} parts"
-        raise UserError(problem, where="rlhf.minibatches")
     width, parts, temperature = max_new_tokens, config.accumulation, config.temperature
 
     def forward(model: Transformer, batch: PolicyBatch):
@@ -150,15 +138,16 @@ def make_step(
         for epoch in range(config.epochs):
             for part in _minibatches(batch, size, config, k, epoch):
                 state, latest = update(state, part)
-                metrics = latest | metrics | _first(metrics, latest)
+                metrics = _joined(metrics, latest)
         return state, metrics
 
     return step
 
 
-def _first(metrics: dict, latest: dict) -> dict:
-    """Of a rollout's updates the losses of the last are kept, but the ratio of the first."""
-    return {k: metrics.get(k, v) if k.startswith("val/ratio") else v for k, v in latest.items()}
+def _joined(metrics: dict, latest: dict) -> dict:
+    """Means over all updates of a rollout; but the ratio stays that of the first, which is 1."""
+    added = {k: metrics[k] + v for k, v in latest.items() if k in metrics and "ratio" not in k}
+    return latest | metrics | added
 
 
 def _minibatches(batch: PolicyBatch, size: int, config: RLHFConfig, k: int, epoch: int):

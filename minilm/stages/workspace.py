@@ -11,6 +11,7 @@ from flax import nnx
 from minilm import checkpoint
 from minilm.config import Config, ModelConfig
 from minilm.errors import UserError
+from minilm.files import read_jsonl
 from minilm.model import Transformer
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import Tokenizer
@@ -63,6 +64,10 @@ class Workspace:
             problem = f"the {stage} model was trained with another tokenizer"
             hint = f"--redo {stage}, or start a new run folder with --out"
             raise UserError(problem, where=path, value=found[:12], allowed=own[:12], hint=hint)
+        if meta["step"] < meta["steps"]:  # good enough to resume from, not to build on
+            problem = f"the last checkpoint of {stage} is damaged or gone: this one is of step "
+            problem += f"{meta['step']} of {meta['steps']}"
+            raise UserError(problem, where=path, hint=f"--redo {stage}")
         return model
 
 
@@ -85,41 +90,3 @@ def load_model(
         leaves = [known.get(name, leaf) for name, leaf in checkpoint.flatten(model).items()]
         model = jax.tree.unflatten(jax.tree.structure(model), leaves)
     return model, meta
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file.
-
-    Raises:
-      UserError: missing file or a line that is not a JSON object, by number.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError("missing file", where=path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read: {error}", where=path) from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"not JSON: {error}", where=f"{path}:{number}") from error
-        if not isinstance(row, dict):
-            raise UserError("a line must be a JSON object", where=f"{path}:{number}", value=row)
-        rows.append(row)
-    return rows
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    checkpoint.write_atomically(path, text.encode())

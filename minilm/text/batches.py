@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from minilm.errors import UserError
+from minilm.files import write_atomically
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import CHUNK, Tokenizer
 
@@ -53,7 +54,6 @@ class Batches:
         self._rows, self._size = rows, batch_size
         # Row numbers, not rows: half the Python a row. Grain takes seeds of 32 bits.
         self._order = grain.MapDataset.range(len(rows)).shuffle(seed=seed % 2**32).repeat()
-        self.steps_per_epoch = len(rows) / batch_size
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -120,14 +120,8 @@ def _cached(path: Path, length: int) -> Rows | None:
 
 
 def _store(path: Path, rows: Rows) -> None:
-    from minilm.checkpoint import write_atomically  # imports JAX
-
     file = io.BytesIO()
     np.save(file, rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder: {error.strerror}", where=path.parent) from error
     write_atomically(path, file.getvalue())
 
 

@@ -29,15 +29,14 @@ class Document(NamedTuple):
 
 
 class Split(NamedTuple):
-    """`duplicates` counts the training documents left out because their text is held out."""
-
     train: list[Document]
     held_out: list[Document]
-    duplicates: int = 0
 
 
 def split(corpus: Corpus, seed: int) -> Split:
     """Training and held-out documents, apart by document; few documents are split by position.
+
+    A text that is held out is not trained on either, however often the corpus has it.
 
     Raises:
       UserError: an empty corpus, or whatever its source raises.
@@ -49,8 +48,7 @@ def split(corpus: Corpus, seed: int) -> Split:
     by = _by_position if len(documents) < FEW else _by_document
     train, held_out = by(documents, corpus.held_out, seed)
     known = {d.text for d in held_out}
-    kept = [d for d in train if d.text not in known]
-    return Split(kept, held_out, len(train) - len(kept))
+    return Split([d for d in train if d.text not in known], held_out)
 
 
 def _by_document(

@@ -1,12 +1,13 @@
 """Preference pairs: the JSON Lines format, Bradley-Terry labels, what can be known of them."""
 
 import itertools
-import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
+from minilm.config import PreferencesConfig
 from minilm.errors import UserError
 
 
@@ -61,34 +62,31 @@ def label_pairs(
     return pairs
 
 
-def bayes_rates(
-    pairs: Sequence[Pair], *, temperature: float, flip_rate: float
-) -> tuple[float, float]:
+def label_probabilities(
+    pairs: Sequence[Pair], config: PreferencesConfig
+) -> tuple[Float[np.ndarray, " N"], bool]:
+    """P(one rater prefers `chosen`), and whether that is known.
+
+    It is where the raters are simulated. In a file of the user's, gold or not, nobody knows how its
+    raters voted: there it is the observed share of votes.
+    """
+    if config.file or any(p.gold_chosen is None or p.gold_rejected is None for p in pairs):
+        return np.array([p.votes_chosen / p.votes for p in pairs]), False
+    gap = np.array([p.gold_chosen - p.gold_rejected for p in pairs])  # pyright: ignore
+    dials = {"temperature": config.rater_temperature, "flip_rate": config.flip_rate}
+    return np.asarray(chosen_probability(gap, **dials)), True
+
+
+def bayes_rates(p: Float[np.ndarray, " N"]) -> tuple[float, float]:
     """Best possible accuracy and log-loss against one rater's label: E max(p, 1−p), E H(p)."""
-    p = pair_probabilities(pairs, temperature=temperature, flip_rate=flip_rate)
     q = np.clip(p, 1e-300, 1 - 1e-16)
     entropy = -(p * np.log(q) + (1 - p) * np.log1p(-q)).mean()
     return float(np.maximum(p, 1 - p).mean()), float(entropy)
 
 
-def pair_probabilities(
-    pairs: Sequence[Pair], *, temperature: float, flip_rate: float
-) -> np.ndarray:
-    """P(one rater prefers `chosen`) where gold is known; else the observed share of votes."""
-
-    def probability(pair: Pair) -> float:
-        if pair.gold_chosen is None or pair.gold_rejected is None:
-            return pair.votes_chosen / pair.votes
-        gap = pair.gold_chosen - pair.gold_rejected
-        return float(chosen_probability(gap, temperature=temperature, flip_rate=flip_rate))
-
-    return np.array([probability(pair) for pair in pairs])
-
-
-def dump_pairs(pairs: Sequence[Pair]) -> str:
-    """The pairs as JSON Lines text; keys without a value are left out."""
-    rows = ({k: v for k, v in p._asdict().items() if v is not None} for p in pairs)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def rows_of(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """The pairs as JSON objects; keys without a value are left out."""
+    return [{k: v for k, v in p._asdict().items() if v is not None} for p in pairs]
 
 
 REQUIRED = ("prompt", "chosen", "rejected")
@@ -118,6 +116,9 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
             value = row.get(key)
             if isinstance(value, bool) or not (value is None or isinstance(value, kind)):
                 raise UserError(f"'{key}' must be a number", where=place, value=value)
+        if (row.get("votes") is None) != (row.get("votes_chosen") is None):
+            problem = "votes and votes_chosen need each other"
+            raise UserError(problem, where=place, value=sorted(row))
         pair = Pair(**{k: row[k] for k in Pair._fields if row.get(k) is not None})
         if not 0 <= pair.votes_chosen <= pair.votes or pair.votes < 1:
             problem, votes = "votes_chosen must lie between 0 and votes", pair[3:5]

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from minilm.choices import choose
 from minilm.config import TokenizerConfig
 from minilm.errors import UserError
+from minilm.files import write_atomically
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 BYTES = 258  # the smallest byte-level vocabulary: two special tokens and every byte
@@ -74,12 +75,6 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json, whole or not at all."""
-        from minilm.checkpoint import write_atomically  # imports JAX
-
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder: {error.strerror}", where=path) from error
         write_atomically(path, self._inner.to_str(pretty=True).encode())
 
     @functools.cached_property

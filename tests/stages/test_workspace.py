@@ -1,7 +1,5 @@
 """Where stages find their inputs, and what they say when these do not fit."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -10,15 +8,9 @@ from flax import nnx
 from minilm import checkpoint
 from minilm.config import Config, ModelConfig, TokenizerConfig
 from minilm.errors import UserError
+from minilm.files import write_json, write_jsonl
 from minilm.model import Transformer
-from minilm.stages.workspace import (
-    Workspace,
-    load_model,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from minilm.stages.workspace import Workspace, load_model
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import train_tokenizer
 
@@ -47,7 +39,7 @@ def ws(tmp_path) -> Workspace:
     for stage, head in (("pretrain", False), ("reward", True)):
         checkpoint.save(
             ws.stage(stage) / "checkpoints", 5, {"model": model(scalar_head=head)},
-            ws.metadata(stage, scalar_head=head), keep=1,
+            ws.metadata(stage, scalar_head=head) | {"steps": 5}, keep=1,
         )  # fmt: skip
         write_json(ws.stage(stage) / "done.json", {})
     write_jsonl(ws.stage("pretrain") / "held_out.jsonl", [{"text": "a", "id": "1"}])
@@ -102,6 +94,20 @@ def test_a_checkpoint_that_does_not_hold_the_models_parameters_names_them(ws):
         ws.load("rlhf")
 
 
+def test_an_earlier_checkpoint_is_no_finished_stage(ws):
+    """Good enough to resume from; but a reward model on half a policy would be silently worse."""
+    stage, tree = ws.stage("reward") / "checkpoints", {"model": model(scalar_head=True)}
+    facts = ws.metadata("reward", scalar_head=True) | {"steps": 9}
+    last = checkpoint.save(stage, 9, tree, facts, keep=2)
+    checkpoint.save(stage, 7, tree, facts, keep=2)
+    checkpoint.save(stage, 9, tree, facts, keep=2)
+    ws.load("reward")
+    (last / "tokenizer.json").unlink(missing_ok=True)
+    (last / "metadata.json").write_text("{")
+    with pytest.raises(UserError, match="step 7 of 9"):
+        ws.load("reward")
+
+
 def test_a_stage_without_a_checkpoint_says_so(ws):
     with pytest.raises(UserError):
         ws.load("rlhf")
@@ -113,47 +119,3 @@ def test_another_runs_pretrained_model_tokenizer_and_held_out_documents_are_read
     assert new.held_out() == [Document("a", "1")]
     assert new.stage("reward") == tmp_path / "new" / "reward"
     new.load("pretrain")
-
-
-def test_json_lines_survive_any_text(tmp_path):
-    """U+2028 and its like end a line for str.splitlines, but not in JSON Lines."""
-    rows = [{"text": "a\u2028b\u0085c\nd\x0ce"}, {"text": "“é” 😀", "logprob": -1.5}]
-    write_jsonl(tmp_path / "x.jsonl", rows)
-    assert read_jsonl(tmp_path / "x.jsonl") == rows
-
-
-@pytest.mark.parametrize(
-    ("content", "where", "said"),
-    [
-        (b'{"a": 1}\n{"a": \n', ":2", "not JSON"),
-        (b'\n{"a": 1}\n[1]\n', ":3", "a line must be a JSON object"),
-        (b'{"a": "\xff"}\n', "", "cannot read"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, content, where, said):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
-        read_jsonl(path)
-    assert str(caught.value.where) == f"{path}{where}"
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="missing file") as caught:
-        read_jsonl(tmp_path / "none.jsonl")
-    assert caught.value.where == tmp_path / "none.jsonl"
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    write_json(tmp_path / "deep" / "x.json", {"a": 1})
-    with pytest.raises(ValueError, match="nan"):
-        write_json(tmp_path / "deep" / "x.json", {"a": float("nan")})
-    assert json.loads((tmp_path / "deep" / "x.json").read_text()) == {"a": 1}
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.json"]
-
-
-def test_what_cannot_be_written_is_a_users_error(tmp_path):
-    (tmp_path / "x.json").mkdir()
-    with pytest.raises(UserError, match="cannot write"):
-        write_text(tmp_path / "x.json", "text")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

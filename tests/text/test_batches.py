@@ -186,7 +186,7 @@ def test_a_corpus_shorter_than_one_sequence_is_refused(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_a_users_error(tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(UserError, match="cannot make the folder"):
+    with pytest.raises(UserError, match="cannot write"):
         stored(tmp_path, TEXTS)
 
 
@@ -233,7 +233,6 @@ def test_a_batch_larger_than_the_corpus_repeats_it():
     batches = Batches(ROWS[:3], batch_size=7, seed=0)
     found = chosen(batches, ROWS[:3], range(3))
     assert all(sorted(found[i : i + 3]) == [0, 1, 2] for i in range(0, 21, 3))
-    assert batches.steps_per_epoch == pytest.approx(3 / 7)
 
 
 def test_steps_count_from_zero():

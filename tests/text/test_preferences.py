@@ -6,15 +6,16 @@ import math
 import numpy as np
 import pytest
 
+from minilm.config import PreferencesConfig
 from minilm.errors import UserError
 from minilm.text.preferences import (
     Pair,
     bayes_rates,
     chosen_probability,
-    dump_pairs,
     label_pairs,
-    pair_probabilities,
+    label_probabilities,
     pairs_from,
+    rows_of,
 )
 
 CLEAN = {"temperature": 1.0, "flip_rate": 0.0}
@@ -114,19 +115,29 @@ def test_bayes_rates_against_enumeration(flip_rate):
         for probability, guess in ((first, first >= 0.5), (1 - first, first < 0.5)):
             right += probability * guess / len(golds)
             loss -= probability * math.log(probability) / len(golds)
-    found = bayes_rates(pairs, temperature=0.7, flip_rate=flip_rate)
+    raters = PreferencesConfig(rater_temperature=0.7, flip_rate=flip_rate)
+    probabilities, known = label_probabilities(pairs, raters)
+    found = bayes_rates(probabilities)
+    assert known
     assert found == pytest.approx((right, loss), rel=1e-9)
 
 
 def test_bayes_rates_of_certain_pairs_are_one_and_zero():
-    pairs = [Pair("p", "a", "b", gold_chosen=1e6, gold_rejected=-1e6)]
-    accuracy, loss = bayes_rates(pairs, **CLEAN)
+    accuracy, loss = bayes_rates(np.array([1.0]))
     assert (accuracy, loss) == (1.0, pytest.approx(0.0, abs=1e-12))
 
 
-def test_without_gold_the_probability_is_the_share_of_votes():
-    pairs = [Pair("p", "a", "b", 3, 4), Pair("p", "a", "b", 3, 4, 1.0, 0.0)]
-    np.testing.assert_allclose(pair_probabilities(pairs, **CLEAN), [0.75, sigmoid(1.0)])
+@pytest.mark.parametrize(
+    ("gold", "file"),
+    [((None, None), None), ((1.0, None), None), ((80.0, 20.0), "their.jsonl")],
+    ids=["no gold", "half of it", "a file of unknown raters"],
+)
+def test_where_the_raters_are_not_ours_the_label_is_the_share_of_votes(gold, file):
+    """Gold of 0 to 100 in a user's file says nothing of a logistic rater at temperature 1."""
+    pairs = [Pair("p", "a", "b", 3, 4, *gold), Pair("p", "a", "b", 3, 5, 1.0, 0.0)]
+    found, known = label_probabilities(pairs, PreferencesConfig(file=file))
+    np.testing.assert_allclose(found, [0.75, 0.6])
+    assert not known
 
 
 def test_pairs_survive_the_file():
@@ -134,9 +145,9 @@ def test_pairs_survive_the_file():
         Pair("Once, “the” fox.", " It\nran.", " Ït slept.", 4, 5, 1.25, -0.5),
         Pair("p", "a", "b"),
     ]
-    lines = dump_pairs(pairs).splitlines()
-    assert pairs_from([json.loads(line) for line in lines], "pairs.jsonl") == pairs
-    assert set(json.loads(lines[1])) == {"prompt", "chosen", "rejected", "votes_chosen", "votes"}
+    rows = json.loads(json.dumps(rows_of(pairs)))
+    assert pairs_from(rows, "pairs.jsonl") == pairs
+    assert set(rows[1]) == {"prompt", "chosen", "rejected", "votes_chosen", "votes"}
 
 
 def test_trls_own_form_is_read_and_extra_keys_are_ignored():
@@ -156,6 +167,8 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
         (GOOD | {"votes": True}, "'votes' must be a number"),
         (GOOD | {"votes_chosen": 2.5, "votes": 5}, "'votes_chosen' must be a number"),
         (GOOD | {"gold_chosen": "high"}, "'gold_chosen' must be a number"),
+        (GOOD | {"votes": 5}, "votes and votes_chosen need each other"),
+        (GOOD | {"votes_chosen": 1}, "votes and votes_chosen need each other"),
         (GOOD | {"votes_chosen": 6, "votes": 5}, "votes_chosen must lie between 0 and votes"),
         (GOOD | {"votes_chosen": -1, "votes": 5}, "votes_chosen must lie between 0 and votes"),
         (GOOD | {"votes_chosen": 0, "votes": 0}, "votes_chosen must lie between 0 and votes"),

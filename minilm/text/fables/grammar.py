@@ -35,11 +35,11 @@ LOANS = (
     (" At {obstacle:obstacles}", " a {:helpers} named {helper:names} lent {her} a "),
     (" Soon {she} reached {obstacle:obstacles}", ". {helper:names} the {:helpers} lent {her} a "),
 )
-PROMISES = (
-    " In return {she} promised to {service:services}.",
-    " {She} swore to bring it back and {service:services}.",
-    ' "I will return it and {service:services}," {she} said.',
-    " For this {she} agreed to {service:services}.",
+PROMISES = (  # most name the tool: a copy over a short way teaches the one over the long way
+    " In return for the {tool} {she} promised to {service:services}.",
+    " {She} swore to bring the {tool} back and {service:services}.",
+    ' "I will return the {tool} and {service:services}," {she} said.',
+    " For the {tool} {she} agreed to {service:services}.",
     " {She} gave {own} word to {service:services}.",
 )
 ROADS_OUT = (

@@ -73,7 +73,7 @@ def test_every_derivation_reads_as_itself():
 
 
 def test_only_the_language_is_valid():
-    """All strings of up to three edits of words: valid exactly when some derivation writes them."""
+    """A story with one word replaced is valid exactly when some derivation writes it."""
     language = {story.text for story in derivations(tiny, TINY_LISTS)}
     pieces = sorted({piece for text in language for piece in text.split()})
     for text in sorted(language)[::7]:

@@ -1,0 +1,87 @@
+"""Files of a run: JSON and JSON Lines, written whole or not at all, mistakes in them named."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minilm.errors import UserError
+
+TEMPORARY = ".tmp-"  # begins the name of what is not yet whole
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces a file's content: a reader, or a crash, meets the old or the new, whole.
+
+    Raises:
+      UserError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        flush(temporary)
+        temporary.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write: {error.strerror}", where=path) from error
+
+
+def flush(path: Path) -> None:
+    """Makes a file's content, or a folder's names, outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Raises ValueError at NaN and infinity, which JSON has not."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, "".join(lines).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no file.
+
+    Raises:
+      UserError: not readable, or not a JSON object.
+    """
+    return _object(_text(path), path) if path.exists() else {}
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file.
+
+    Raises:
+      UserError: a missing file, or a line that is not a JSON object, by number.
+    """
+    lines = enumerate(_text(path).split("\n"), 1)
+    return [_object(line, f"{path}:{number}") for number, line in lines if line.strip()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("missing file", where=path) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read: {error}", where=path) from error
+
+
+def _object(text: str, where: object) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=where) from error
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", where=where, value=value)
+    return value
