@@ -12,7 +12,8 @@ from minilm.text.tokenizer import BYTES
 
 # Shares of the measured matrix-product rate that each kind of work reached on two cores
 # (benchmarks/train_step.py, benchmarks/generate.py); the rest is copies, softmax, dispatch.
-TRAIN_EFFICIENCY = 0.35
+TRAIN_EFFICIENCY = 0.2  # pretraining, in bfloat16
+TUNE_EFFICIENCY = 0.35  # reward model and RLHF
 DECODE_EFFICIENCY = 0.12
 STARTUP_SECONDS = 25.0  # compiling and evaluating, a stage
 ALPHABET = 100  # characters that a text of one language has, about
@@ -57,7 +58,8 @@ def minutes(stage: str, config: Config, environment: dict) -> float:
         "rlhf": rl.steps * completions * sequence * (rl.epochs + 2 / 3),
     }[stage]
     decoded = sampled * prompts.max_new_tokens * train / 3
-    seconds = trained * train / (TRAIN_EFFICIENCY * rate) + decoded / (DECODE_EFFICIENCY * rate)
+    efficiency = TRAIN_EFFICIENCY if stage == "pretrain" else TUNE_EFFICIENCY
+    seconds = trained * train / (efficiency * rate) + decoded / (DECODE_EFFICIENCY * rate)
     return (STARTUP_SECONDS + seconds) / 60
 
 
