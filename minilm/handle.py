@@ -1,6 +1,7 @@
 """`minilm.Run`: a run, a stage or a checkpoint as an object for notebooks and the command line."""
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ def generate_command(
     stored = next(filter(None, (read_json(f / "environment.json") for f in folders)), {})
     backend.configure(BackendConfig(), stored.get("choice"))
     run = Run(path)
+    step, steps = run.metadata["step"], run.metadata["steps"]
+    if step < steps:
+        sys.stderr.write(f"minilm: an unfinished model, step {step} of {steps}\n")
     dials: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     dials |= {"top_k": top_k, "top_p": top_p}
     for prompt in prompts:
