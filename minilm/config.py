@@ -8,6 +8,7 @@ Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -219,6 +220,26 @@ class RLHFConfig(LoopConfig):
         return self
 
 
+class TermConfig(Section):
+    """A term of the objective: one of minilm.terms, or one that a stage has, given other weight."""
+
+    weight: Finite
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    final_weight: Finite = 0.0  # which the schedule ends at
+    begin: Natural = 0  # the step at which the weight starts to move
+    end: Positive | None = None  # ... and has arrived ("step": jumps at begin); None: the last
+    stages: tuple[Literal["pretrain", "reward", "rlhf"], ...] = ()  # empty: all that know it
+    options: dict[str, str | int | float | bool] = {}  # of the loss
+
+
+class BalanceConfig(Section):
+    """Weights that find themselves, on top of the terms' own; for pretraining and reward."""
+
+    method: Literal["none", "uncertainty", "gradnorm"] = "none"
+    learning_rate: Rate = 0.02  # of the weights
+    alpha: NonNegative = 1.5  # "gradnorm": how much harder slow terms pull
+
+
 class Config(Section):
     """A whole run."""
 
@@ -233,3 +254,5 @@ class Config(Section):
     preferences: PreferencesConfig = PreferencesConfig()
     reward: RewardConfig = RewardConfig()
     rlhf: RLHFConfig = RLHFConfig()
+    objective: dict[str, TermConfig] = {}  # by name, beside each stage's own
+    balance: BalanceConfig = BalanceConfig()

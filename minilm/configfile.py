@@ -11,7 +11,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from minilm.config import Config, Section
 from minilm.errors import UserError, nearest
 
 type Schema = dict[str, Any]
+NAMED = "NAME"  # stands for the user's own name in a key
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -110,6 +111,9 @@ def _keys(model: type[Section], prefix: str, kind: str | None) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         types = get_args(field.annotation) or (field.annotation,)
         kinds = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        if kinds and get_origin(field.annotation) is dict:
+            yield from _keys(kinds[0], f"{prefix}{name}.{NAMED}.", kind)
+            continue
         if len(kinds) > 1:
             schema = {"enum": [section.model_fields["kind"].default for section in kinds]}
             yield Key(f"{prefix}{name}.kind", schema, field.default.kind, False, None)
@@ -201,9 +205,16 @@ def _place(document: dict[str, Any], key: str, option: str, words: list[str]) ->
 
 def _schema_of(key: str) -> Schema:
     """What a key takes; empty where there is no such key."""
-    schemas = {known.name: known.schema for known in keys()}
+    schemas, key = {known.name: known.schema for known in keys()}, _general(key)
     table = schemas.get(key.rpartition(".")[0], {})
     return schemas.get(key) or table.get("additionalProperties", {})
+
+
+def _general(key: str) -> str:
+    """The key with NAME for what the user has named: `objective.z_loss.weight`."""
+    parts = key.split(".")
+    named = {known.name.split(".")[0] for known in keys() if f".{NAMED}." in known.name}
+    return ".".join([parts[0], NAMED, *parts[2:]]) if parts[0] in named and parts[1:] else key
 
 
 def _parsed(word: str, schema: Schema) -> Any:
@@ -243,7 +254,9 @@ def _explained(error: ErrorDetails, document: Any, where: Callable[[str], str]) 
 def _unknown(key: str, where: str) -> UserError:
     section, _, name = key.rpartition(".")
     names = [n for k in keys() for n in (k.name, k.name.rpartition(".")[0])]
-    close = nearest(key, names) or next((n for n in names if n.endswith(f".{name}")), None)
+    close = nearest(_general(key), names) or next(
+        (n for n in names if n.endswith(f".{name}")), None
+    )
     hint = f"did you mean {close}?" if close else None
     if kinds := [f"'{k.kind}'" for k in keys() if k.name == key]:
         hint = f"'{name}' belongs to {section}.kind = {' or '.join(kinds)}"
@@ -253,6 +266,6 @@ def _unknown(key: str, where: str) -> UserError:
 
 def _below(section: str) -> list[str]:
     """Names of the keys and sections in a section, whatever its kind."""
-    start = f"{section}." if section else ""
+    start = f"{_general(section)}." if section else ""
     names = [k.name.removeprefix(start).split(".")[0] for k in keys() if k.name.startswith(start)]
     return list(dict.fromkeys(names))

@@ -43,7 +43,7 @@ STAGES = (
     Stage(
         "pretrain",
         (),
-        ("seed", "corpus", "tokenizer", "model", "backend", "pretrain"),
+        ("seed", "corpus", "tokenizer", "model", "backend", "pretrain", "objective", "balance"),
         "minilm.stages.pretrain:pretrain",
     ),
     Stage(
@@ -55,13 +55,13 @@ STAGES = (
     Stage(
         "reward",
         ("pretrain", "preferences"),
-        ("seed", "backend", "reward"),
+        ("seed", "backend", "reward", "objective", "balance"),
         "minilm.stages.reward:reward",
     ),
     Stage(
         "rlhf",
         ("pretrain", "reward"),
-        ("seed", "backend", "prompts", "judge", "rlhf"),
+        ("seed", "backend", "prompts", "judge", "rlhf", "objective"),
         "minilm.run:rlhf_and_evaluation",
     ),
 )
@@ -161,15 +161,25 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
 
 def _check_ahead(config: Config, todo: list[str]) -> None:
     """What would otherwise be found out after the pretraining."""
-    from minilm.algorithms import ALGORITHMS
+    from minilm.algorithms import ALGORITHMS, objective
     from minilm.judges import configured
     from minilm.stages.preferences import from_file
+    from minilm.stages.pretrain import LANGUAGE
+    from minilm.stages.reward import PREFERENCE
+    from minilm.terms import configured as configured_objective
+    from minilm.terms import known_names
 
+    aims = {"pretrain": LANGUAGE, "reward": PREFERENCE}
     if "rlhf" in todo:
         algorithm = choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
         if config.rlhf.group_size < 2 and not algorithm.critic:
             problem = f"{config.rlhf.algorithm} compares a completion with others of its prompt"
             raise UserError(problem, where="rlhf.group_size", value=1, allowed="at least 2")
+        aims["rlhf"] = objective(algorithm, config.rlhf)
+    for name in config.objective:
+        choose(dict.fromkeys(known_names(aims)), name, f"objective.{name}")
+    for stage in aims.keys() & set(todo):
+        configured_objective(aims[stage], stage, config, 10**6)
     if "preferences" in todo and config.preferences.file:
         from_file(Path(config.preferences.file))
     elif "preferences" in todo and config.judge.name == "none":

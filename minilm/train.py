@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jaxtyping import Array, Int
 
-from minilm import backend, checkpoint
-from minilm.config import LoopConfig
+from minilm import backend, balance, checkpoint
+from minilm.balance import balance_of
+from minilm.config import BalanceConfig, LoopConfig
 from minilm.errors import UserError
 from minilm.losses.reduce import Mean
 from minilm.metrics import MetricsLog, Progress, read
@@ -38,7 +40,7 @@ class TrainState:
     """
 
     step: Int[Array, ""]
-    model: Transformer
+    model: Any  # an nnx.Module
     opt_state: Any
     extra: dict[str, Array]
 
@@ -47,58 +49,94 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM came; the state has been saved."""
 
 
-def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    objective: Objective | None = None,
+    balancing: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
+) -> TrainState:
     """A state that owns its arrays: the step donates them, so a shared model must be copied."""
     model = jax.tree.map(jnp.copy, model)
     extra = {"skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0)}
+    if objective is not None:
+        extra |= balance.initial(balancing, len(objective.trained))
     opt_state = optimizer.init(cast(Any, model))  # Optax takes the Module as any pytree
     return TrainState(jnp.int32(0), model, opt_state, extra)
 
 
+def make_gradients(
+    forward: Callable[[Any, Any], Any], objective: Objective, accumulation: int = 1
+) -> Callable[[Transformer, Any, Any], tuple[Array, dict, dict, list]]:
+    """Gradients of weighted sums of an objective's terms.
+
+    Args:
+      accumulation: micro-batches, split off the leading axis; the gradient is that of the whole
+        batch, since the terms' denominators are the whole batch's.
+    Returns:
+      (model, batch, directions [K, N]) -> (losses [N] of the trained terms, totals, counts, a
+      gradient a direction); one row of weights a direction, so an identity matrix gives each
+      term's own gradient. One forward pass, K backward ones.
+    """
+
+    def gradients(model, batch, directions):
+        counts = objective.counts(batch)
+
+        def part_of(part):
+            def losses(model):
+                totals = objective.totals(forward(model, part), part)
+                penalties = objective.penalty_totals(model).items()
+                totals |= {name: value / accumulation for name, value in penalties}
+                return objective.losses(totals, counts), totals
+
+            values, pull_back, totals = jax.vjp(losses, model, has_aux=True)
+            return values, totals, [pull_back(direction)[0] for direction in directions]
+
+        if accumulation == 1:
+            values, totals, grads = part_of(batch)
+            return values, totals, counts, grads
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        shapes = jax.eval_shape(part_of, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def add(carry, part):
+            return jax.tree.map(jnp.add, carry, part_of(part)), None
+
+        (values, totals, grads), _ = jax.lax.scan(add, zeros, parts)
+        return values, totals, counts, grads
+
+    return gradients
+
+
 def make_train_step(
-    forward: Callable[[Transformer, Any], Any],
+    forward: Callable[[Any, Any], Any],
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
     accumulation: int = 1,
+    balancing: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Mean]]]:
     """One optimizer step as a jitted function that donates the state.
 
     Args:
       forward: (model, batch) -> outputs that the objective's terms read.
-      accumulation: micro-batches, split off the leading axis; the gradient is that of the whole
-        batch, since the terms' denominators are the whole batch's.
+      accumulation: see `make_gradients`.
+      balancing: a rule that adapts the terms' weights; its state is the one `init_state` made.
     Returns:
       (state, batch) -> (state, metrics). A non-finite gradient changes nothing but the counters
-      `skipped`; metrics hold every term, `loss`, `grad_norm`, `skipped_in_a_row`.
+      `skipped`; metrics hold every term, `loss`, `grad_norm`, `skipped_in_a_row`, and
+      `weight/TERM` where a weight moves.
     """
-
-    def gradients(model, batch):
-        counts = objective.counts(batch)
-
-        def loss(model, part):
-            totals = objective.totals(forward(model, part), part)
-            return objective.loss(totals, counts), totals
-
-        differentiate = jax.value_and_grad(loss, has_aux=True)
-        if accumulation == 1:
-            (value, totals), grads = differentiate(model, batch)
-            return value, totals, counts, grads
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-
-        def add(carry, part):
-            (value, totals), grads = differentiate(model, part)
-            return jax.tree.map(jnp.add, carry, (value, totals, grads)), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(differentiate, model, first)
-        (value0, totals0), grads0 = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (value, totals, grads), _ = jax.lax.scan(add, (value0, totals0, grads0), parts)
-        return value, totals, counts, grads
+    gradients, rule = make_gradients(forward, objective, accumulation), balance_of(balancing)
+    moving = balancing.method != "none" or any(map(callable, objective.trained.values()))
 
     def step(state: TrainState, batch):
-        value, totals, counts, grads = gradients(state.model, batch)
-        norm = global_norm(grads)
+        balanced = balance.stored(state.extra)
+        weights = objective.weights(state.step) * rule.factors(balanced)
+        directions = weights[None]
+        if rule.needs_norms:  # then each term's own gradient too
+            directions = jnp.concatenate([directions, jnp.diag(objective.weights(state.step))])
+        losses, totals, counts, (grads, *each) = gradients(state.model, batch, directions)
+        value, norm = jnp.sum(weights * losses), global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
 
         def update(model, opt_state, grads):
@@ -109,18 +147,25 @@ def make_train_step(
             return model, opt_state
 
         model, opt_state = jax.lax.cond(finite, update, skip, state.model, state.opt_state, grads)
+        norms = jnp.stack([global_norm(g) for g in each]) if each else losses
+        balanced_next = rule.update(balanced, losses, norms, balancing)
         missed = jnp.where(finite, 0, 1).astype(jnp.int32)
         in_a_row = jnp.where(finite, 0, state.extra["skipped_in_a_row"] + 1).astype(jnp.int32)
         extra = state.extra | {
             "skipped": state.extra["skipped"] + missed,
             "skipped_in_a_row": in_a_row,
         }
+        for name, new in balanced_next.items():
+            extra[f"balance/{name}"] = jnp.where(finite, new, balanced[name])
         one = jnp.float32(1)
         metrics = objective.means(totals, counts) | {
             "loss": Mean(value, one),
             "grad_norm": Mean(norm, one),
             "skipped_in_a_row": Mean(in_a_row.astype(jnp.float32), one),
         }
+        if moving:
+            named = zip(objective.trained, weights, strict=True)
+            metrics |= {f"weight/{name}": Mean(weight, one) for name, weight in named}
         return TrainState(state.step + 1, model, opt_state, extra), metrics
 
     return backend.keep(jax.jit(step, donate_argnums=0))

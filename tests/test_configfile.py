@@ -97,7 +97,11 @@ def test_another_kind_of_corpus_drops_the_keys_that_only_the_former_has(example:
     assert config.corpus == TextCorpus(held_out=0.2)
 
 
-@pytest.mark.parametrize("key", list(configfile.keys()), ids=lambda key: f"{key.name}-{key.kind}")
+@pytest.mark.parametrize(
+    "key",
+    list(filter(lambda key: configfile.NAMED not in key.name, configfile.keys())),
+    ids=lambda key: f"{key.name}-{key.kind}",
+)
 def test_every_key_takes_its_own_default_as_an_option(example: Path, key: configfile.Key):
     words = ["--corpus.kind", key.kind] if key.kind else []
     words += ["--corpus.name", "somebody/something"] if key.kind == "hub" else []
@@ -124,7 +128,7 @@ EXAMPLE_KEYS = {"corpus.size", "corpus.documents"}  # of the example, where the 
         ("[corpus]\nkind = 3", "", ["corpus.kind", "3"]),
         ("[corpus]\nkind = 'hub'", "", ["corpus.name: is required", "pass --corpus.name"]),
         ("corpus = 3", "", ["corpus: must be a section", "kind, size"]),
-        ("learning_rate = 1", "", ["did you mean rlhf.optimizer.learning_rate?"]),
+        ("learning_rate = 1", "", [".learning_rate?"]),
         ("model = 3", "", ["model: must be a section", "num_layers"]),
         ("[seed]\nx = 1", "", ["seed: wrong value", "a whole number ≥ 0"]),
         ("seed = '3'", "", ["seed: wrong value", "'3'", "a whole number ≥ 0"]),

@@ -136,8 +136,8 @@ def test_training_and_evaluation_use_prompts_of_their_own(tiny, tiny_copy, monke
     sets = prompt_sets(ws.config, ws.tokenizer, ws.held_out())
     trained, asked = [], []
 
-    def make_step(*arguments, **options):
-        trained.extend(arguments[6])
+    def make_collect(*arguments, **options):
+        trained.extend(arguments[5])
 
     def fit(*arguments, evaluate, **options):
         evaluate(types.SimpleNamespace(model=None))
@@ -147,7 +147,7 @@ def test_training_and_evaluation_use_prompts_of_their_own(tiny, tiny_copy, monke
         asked.append(prompt_set)
         return {}
 
-    monkeypatch.setattr("minilm.stages.rlhf.make_step", make_step)
+    monkeypatch.setattr("minilm.stages.rlhf.make_collect", make_collect)
     monkeypatch.setattr("minilm.stages.rlhf.fit", fit)
     monkeypatch.setattr("minilm.stages.policy.PolicyEvaluator.__call__", evaluator)
     run.rlhf_and_evaluation(ws)

@@ -15,6 +15,7 @@ from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import language_report, parse_report, sample, texts_of, token_losses
 from minilm.stages.workspace import Workspace
+from minilm.terms import configured
 from minilm.text.batches import Batch, Batches, tokenize
 from minilm.text.corpora import Document, split
 from minilm.text.fables import charges
@@ -54,13 +55,17 @@ def pretrain(ws: Workspace) -> dict:
         texts = (d.text for d in documents.train)
         train_tokenizer(ws.config.tokenizer, texts).save(ws.tokenizer_file)
     tokenizer, length = ws.tokenizer, config.sequence_length
-    rows = tokenize(documents.train, tokenizer, length, cache=ws.out / "cache", seed=seed)
+    batches = training_batches(ws, documents.train)
     write_jsonl(folder / "held_out.jsonl", [d._asdict() for d in documents.held_out])
-    batches = Batches(rows, batch_size=config.batch_size, seed=seed)
     optimizer = make_optimizer(config.optimizer, config.steps)
     shape = {"compute_dtype": ws.compute_dtype, "rngs": nnx.Rngs(seed)}
     model = Transformer(ws.config.model, tokenizer.vocab_size, **shape)
-    update = make_train_step(forward, LANGUAGE, optimizer, accumulation=config.accumulation)
+    objective, balancing = (
+        configured(LANGUAGE, "pretrain", ws.config, config.steps),
+        ws.config.balance,
+    )
+    parts = {"accumulation": config.accumulation, "balancing": balancing}
+    update = make_train_step(forward, objective, optimizer, **parts)
     subset = documents.held_out[: config.validation_documents]
     key = jax.random.fold_in(jax.random.key(seed), 7)
 
@@ -78,7 +83,7 @@ def pretrain(ws: Workspace) -> dict:
         return f"{texts[0]}  ({share:.0%} of {len(texts)} such stories parse)"
 
     state, record = fit(
-        init_state(model, optimizer),
+        init_state(model, optimizer, objective, balancing),
         step,
         title="pretrain",
         steps=config.steps,
@@ -94,6 +99,14 @@ def pretrain(ws: Workspace) -> dict:
         started=started,
     )
     return _report(state.model, ws, documents.held_out, record, key)
+
+
+def training_batches(ws: Workspace, documents: list[Document]) -> Batches:
+    """What is trained on, step by step."""
+    config, seed = ws.config.pretrain, ws.config.seed
+    length, cache = config.sequence_length, ws.out / "cache"
+    rows = tokenize(documents, ws.tokenizer, length, cache=cache, seed=seed)
+    return Batches(rows, batch_size=config.batch_size, seed=seed)
 
 
 def _report(model, ws: Workspace, held_out: list[Document], record: dict, key) -> dict:

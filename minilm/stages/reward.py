@@ -20,6 +20,7 @@ from minilm.rewards import Normalization
 from minilm.stages.evaluate import batched, sample, texts_of
 from minilm.stages.preferences import load_pairs
 from minilm.stages.workspace import Workspace
+from minilm.terms import configured
 from minilm.text.preferences import Pair, label_probabilities
 from minilm.text.tokenizer import Tokenizer
 from minilm.train import TrainState, fit, init_state, make_train_step
@@ -74,18 +75,15 @@ def reward(ws: Workspace) -> dict:
     """Trains on the train pairs, evaluates on the held-out ones, stores the normalisation."""
     config, folder, seed = ws.config.reward, ws.stage("reward"), ws.config.seed
     pairs, held_out = load_pairs(ws, "train"), load_pairs(ws, "held_out")
-    train = _groups(pairs, ws.tokenizer, config.max_tokens)
-    size, shape = config.batch_size, _shape(train)
-    per_epoch = -(-len(train) // size)
-    steps = per_epoch * config.epochs
+    batches = Pairs(ws, pairs)
+    steps = batches.steps
     optimizer = make_optimizer(config.optimizer, steps)
-    update = make_train_step(forward, PREFERENCE, optimizer, accumulation=config.accumulation)
+    objective, balancing = configured(PREFERENCE, "reward", ws.config, steps), ws.config.balance
+    parts = {"accumulation": config.accumulation, "balancing": balancing}
+    update = make_train_step(forward, objective, optimizer, **parts)
 
     def step(state: TrainState, k: int):
-        epoch, place = divmod(k, per_epoch)
-        order = np.random.default_rng((seed, 31, epoch)).permutation(len(train))
-        chosen = [train[i] for i in order[place * size : (place + 1) * size]]
-        return update(state, _batch(chosen, size, shape))
+        return update(state, batches[k])
 
     model = ws.load("pretrain", scalar_head=True)
     # A random head sends gradient into the trunk from the first step on; a zero one would not.
@@ -93,7 +91,7 @@ def reward(ws: Workspace) -> dict:
     width = model.config.embed_dim
     model.score[...] = jax.random.normal(key, (width,)) * width**-0.5  # pyright: ignore
     state, record = fit(
-        init_state(model, optimizer),
+        init_state(model, optimizer, objective, balancing),
         step,
         title="reward",
         steps=steps,
@@ -110,8 +108,34 @@ def reward(ws: Workspace) -> dict:
     normalization = Normalization(float(scores.mean()), float(max(scores.std(), 1e-6)))
     write_json(folder / "evaluation.json", evaluation | {"normalization": normalization._asdict()})
     figures = {k: v for k, v in evaluation.items() if not isinstance(v, list)}
-    left_out = len(pairs) - sum(len(group.pairs) for group in train)
-    return figures | {"pairs_left_out": left_out, "seconds": record["seconds"]}
+    return figures | {"pairs_left_out": batches.left_out, "seconds": record["seconds"]}
+
+
+class Pairs:
+    """Batch k of the training pairs, shuffled anew each epoch.
+
+    Attributes:
+      steps: of all epochs.
+      left_out: pairs with a text longer than `reward.max_tokens`.
+    """
+
+    def __init__(self, ws: Workspace, pairs: Sequence[Pair]):
+        config = ws.config.reward
+        self._groups = _groups(pairs, ws.tokenizer, config.max_tokens)
+        self._size, self._shape, self._seed = (
+            config.batch_size,
+            _shape(self._groups),
+            ws.config.seed,
+        )
+        self._per_epoch = -(-len(self._groups) // self._size)
+        self.steps = self._per_epoch * config.epochs
+        self.left_out = len(pairs) - sum(len(group.pairs) for group in self._groups)
+
+    def __getitem__(self, step: int) -> PairBatch:
+        epoch, place = divmod(step, self._per_epoch)
+        order = np.random.default_rng((self._seed, 31, epoch)).permutation(len(self._groups))
+        places = order[place * self._size : (place + 1) * self._size]
+        return _batch([self._groups[i] for i in places], self._size, self._shape)
 
 
 def evaluate(

@@ -1,24 +1,28 @@
 """RLHF: rollout, score, KL to the frozen reference, update; the algorithm is a row."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from minilm import backend
 from minilm.algorithms import ALGORITHMS, Algorithm, PolicyBatch, objective, price
 from minilm.choices import choose
 from minilm.config import RLHFConfig
-from minilm.generate import generate
-from minilm.losses.reduce import mean
+from minilm.generate import Samples, generate
+from minilm.losses.reduce import Mean, mean
 from minilm.model import Transformer
+from minilm.objective import Objective
 from minilm.optim import make_optimizer, schedule
 from minilm.rewards import Normalization, learned_reward
-from minilm.rollout import complete_rollout, completion_outputs
+from minilm.rollout import Outputs, Rollout, complete_rollout, completion_outputs
 from minilm.stages.evaluate import prompt_rows
 from minilm.stages.reward import load_normalization
 from minilm.stages.workspace import Workspace
+from minilm.terms import configured
 from minilm.text.prompts import prompt_sets
 from minilm.train import TrainState, fit, init_state, make_train_step
 
@@ -36,10 +40,9 @@ def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict]) -> dict:
     prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).rlhf
     optimizer = make_optimizer(config.optimizer, updates(config))
     policy = ws.load("pretrain", scalar_head=algorithm.critic)
-    step = make_step(
+    collect = make_collect(
         config,
         algorithm,
-        optimizer,
         reference,
         reward_model,
         load_normalization(ws.stage("reward")),
@@ -49,6 +52,8 @@ def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict]) -> dict:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
+    aim = configured(objective(algorithm, config), "rlhf", ws.config, updates(config))
+    step = make_step(config, aim, optimizer, collect, sizes.max_new_tokens)
     rate = schedule(config.optimizer, updates(config), config.optimizer.learning_rate)
     per_step = config.epochs * config.minibatches
     _, record = fit(
@@ -71,10 +76,19 @@ def updates(config: RLHFConfig) -> int:
     return config.steps * config.epochs * config.minibatches
 
 
-def make_step(
+class Collected(NamedTuple):
+    """A step's completions, and what an update reads of them."""
+
+    samples: Samples
+    rollout: Rollout
+    scores: Float[Array, "B"]  # normalised, before any KL penalty
+    batch: PolicyBatch
+    metrics: dict[str, Mean]
+
+
+def make_collect(
     config: RLHFConfig,
     algorithm: Algorithm,
-    optimizer,
     reference: Transformer,
     reward_model: Transformer,
     normalization: Normalization,
@@ -84,15 +98,9 @@ def make_step(
     max_new_tokens: int,
     eos_id: int,
     pad_id: int,
-):
-    """(state, k) -> (state, metrics): one rollout and its updates, a function of (key, k) alone."""
-    size = config.prompts_per_step * config.group_size
-    width, parts, temperature = max_new_tokens, config.accumulation, config.temperature
-
-    def forward(model: Transformer, batch: PolicyBatch):
-        return completion_outputs(model, batch.tokens, batch.segments, width, temperature)
-
-    update = make_train_step(forward, objective(algorithm, config), optimizer, accumulation=parts)
+) -> Callable[[Transformer, int], Collected]:
+    """(policy, k) -> the rollout of step k, scored and priced: a function of these and the key."""
+    temperature = config.temperature
 
     @backend.keep
     @jax.jit
@@ -120,13 +128,13 @@ def make_step(
             "reward_std": mean(groups, every),
             "frac_reward_zero_std": mean((groups < 1e-6).astype(jnp.float32), every),
         }
-        return batch, metrics
+        return Collected(samples, rollout, score, batch, metrics)
 
-    def step(state: TrainState, k: int):
+    def collect(model: Transformer, k: int) -> Collected:
         order = _prompt_order(len(prompts), config.prompts_per_step, config.seed, k)
         rows = np.repeat(prompts[order], config.group_size, axis=0)
         samples = generate(
-            state.model,
+            model,
             jnp.asarray(rows),
             jax.random.fold_in(key, k),
             max_new_tokens=max_new_tokens,
@@ -134,7 +142,33 @@ def make_step(
             eos_id=eos_id,
             pad_id=pad_id,
         )
-        batch, metrics = prepare(state.model, reference, reward_model, rows, samples)
+        return prepare(model, reference, reward_model, rows, samples)
+
+    return collect
+
+
+def make_forward(config: RLHFConfig, width: int) -> Callable[[Transformer, PolicyBatch], Outputs]:
+    """(model, batch) -> what the objective's terms read of the last `width` tokens."""
+
+    def forward(model: Transformer, batch: PolicyBatch) -> Outputs:
+        return completion_outputs(model, batch.tokens, batch.segments, width, config.temperature)
+
+    return forward
+
+
+def make_step(
+    config: RLHFConfig,
+    aim: Objective,
+    optimizer,
+    collect: Callable[[Transformer, int], Collected],
+    width: int,
+):
+    """(state, k) -> (state, metrics): one rollout of `width` tokens at most, and its updates."""
+    size, parts = config.prompts_per_step * config.group_size, config.accumulation
+    update = make_train_step(make_forward(config, width), aim, optimizer, accumulation=parts)
+
+    def step(state: TrainState, k: int):
+        _, _, _, batch, metrics = collect(state.model, k)
         for epoch in range(config.epochs):
             for part in _minibatches(batch, size, config, k, epoch):
                 state, latest = update(state, part)

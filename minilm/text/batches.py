@@ -51,7 +51,7 @@ class Batches:
     def __init__(self, rows: Rows, *, batch_size: int, seed: int):
         import grain  # two seconds: only where it is used
 
-        self._rows, self._size = rows, batch_size
+        self.rows, self._size = rows, batch_size
         # Row numbers, not rows: half the Python a row. Grain takes seeds of 32 bits.
         self._order = grain.MapDataset.range(len(rows)).shuffle(seed=seed % 2**32).repeat()
 
@@ -60,7 +60,7 @@ class Batches:
             raise IndexError(f"steps count from 0, got {step}")
         start = step * self._size
         chosen = np.array([self._order[start + i] for i in range(self._size)], np.int64)
-        return batch_of(self._rows[chosen])
+        return batch_of(self.rows[chosen])
 
 
 def tokenize(

@@ -53,10 +53,11 @@ def make(name: str, config: RLHFConfig = CONFIG):
         policy = random_model(0, scalar_head=True)
         policy.score[...] = np.zeros(16, np.float32)
     optimizer = make_optimizer(config.optimizer, 100)
-    step = s.make_step(
-        config, algorithm, optimizer, reference, reward_model, Normalization(0.0, 1.0), PROMPTS,
+    collect = s.make_collect(
+        config, algorithm, reference, reward_model, Normalization(0.0, 1.0), PROMPTS,
         key=jax.random.key(0), max_new_tokens=6, eos_id=EOS, pad_id=PAD,
     )  # fmt: skip
+    step = s.make_step(config, s.objective(algorithm, config), optimizer, collect, 6)
     return lambda: init_state(policy, optimizer), step, (reference, reward_model)
 
 

@@ -1,0 +1,160 @@
+"""Terms by name: a loss applied to a stage's outputs, added by `[objective.NAME] weight = …`.
+
+Each is (outputs, batch, *, options) -> per-element loss, with the stage's own weights of elements.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from minilm.choices import bind, choose
+from minilm.config import Config, TermConfig
+from minilm.errors import UserError
+from minilm.losses import language, policy, ranking, regularization
+from minilm.objective import Objective, Penalty, Term, Weight
+
+type Values = Callable[..., Float[Array, "..."]]
+
+
+def z_loss(logits, batch):
+    return language.z_loss(logits)
+
+
+def smoothing(logits, batch):
+    """Cross-entropy to the uniform distribution: what label smoothing adds."""
+    return optax.losses.softmax_cross_entropy(
+        logits.astype(jnp.float32), jnp.full(logits.shape, 1 / logits.shape[-1], jnp.float32)
+    )
+
+
+def repetition(logits, batch):
+    """Unlikelihood of saying the present token again, where it does not come again."""
+    said = language.unlikelihood(logits, batch.tokens)
+    return jnp.where(batch.tokens == batch.targets, 0.0, said)
+
+
+def token_entropy(logits, batch):
+    return language.entropy(logits)
+
+
+def centering(scores, batch):
+    """(r₁ + r₂)²: keeps rewards near 0. Eisenstein et al. (2023), arXiv:2312.09244, eq. 4."""
+    return (scores[0] + scores[1]).astype(jnp.float32) ** 2
+
+
+def hinge(scores, batch, *, margin: float = 1.0):
+    """A pair as a list of two, the one with more votes first."""
+    return ranking.pairwise_hinge(
+        jnp.stack(scores, axis=-1), jnp.stack([batch.label, 1 - batch.label], -1), margin=margin
+    )
+
+
+def policy_entropy(outputs, batch):
+    return outputs.entropy
+
+
+def reference_kl(outputs, batch, *, estimator: str = "k3"):
+    return policy.kl_estimate(outputs.logprobs, batch.ref_logprobs, estimator=estimator)  # pyright: ignore
+
+
+TERMS: dict[str, dict[str, Values]] = {
+    "pretrain": {
+        "z_loss": z_loss,
+        "smoothing": smoothing,
+        "repetition": repetition,
+        "entropy": token_entropy,
+    },
+    "reward": {"centering": centering, "hinge": hinge},
+    "rlhf": {"entropy": policy_entropy, "reference_kl": reference_kl},
+}
+PENALTIES: dict[str, Callable[[Any], Float[Array, ""]]] = {
+    "l1": regularization.l1,
+    "l2": regularization.l2,
+}
+
+
+def known_names(own: Mapping[str, Objective]) -> set[str]:
+    """Every name that `[objective.NAME]` may have, given each stage's own objective."""
+    names = {name for rows in TERMS.values() for name in rows} | set(PENALTIES)
+    return names | {plain(term.name) for o in own.values() for term in o.terms}
+
+
+def plain(name: str) -> str:
+    """A term's name without TRL's prefix: `loss/policy_gradient` is configured as the latter."""
+    return name.removeprefix("loss/")
+
+
+def configured(own: Objective, stage: str, config: Config, steps: int) -> Objective:
+    """A stage's own objective with what `[objective]` adds to it or weighs otherwise.
+
+    Args:
+      own: its first term's weights of elements are those of the added terms.
+      steps: optimizer steps of the stage, for the schedules.
+    Raises:
+      UserError: an unknown name or option; a term named for a stage that has none of the kind.
+    """
+    terms = {plain(term.name): term for term in own.terms}
+    penalties = list(own.penalties)
+    for name, row in config.objective.items():
+        where = f"objective.{name}"
+        if row.stages and stage not in row.stages:
+            continue
+        if not any(name in rows for rows in (terms, TERMS[stage], PENALTIES)):
+            if stage in row.stages:
+                choose(terms | TERMS[stage] | PENALTIES, name, f"{where} in {stage}")
+            continue
+        weight = scheduled(row, steps, where)
+        if name in terms:
+            if row.options:
+                raise UserError("a stage's own term takes no options", where=f"{where}.options")
+            terms[name] = terms[name]._replace(weight=weight)
+        elif name in PENALTIES:
+            penalties.append(Penalty(name, weight, PENALTIES[name]))
+        else:
+            values = bind(TERMS[stage], name, row.options, where)
+            terms[name] = Term(name, weight, values, own.terms[0].over)
+    objective = Objective(tuple(terms.values()), tuple(penalties))
+    if not objective.trained:
+        raise UserError(
+            f"no term of {stage} has a weight: nothing would be learnt", where="objective"
+        )
+    return objective
+
+
+def scheduled(row: TermConfig, steps: int, where: str) -> Weight:
+    """The weight by optimizer step; a number where it stays."""
+    end = steps if row.end is None else row.end
+    if row.schedule == "constant":
+        return row.weight
+    if row.schedule != "step" and end <= row.begin:
+        raise UserError("must lie beyond begin", where=f"{where}.end", value=end)
+    span = max(end - row.begin, 1)
+    difference = row.weight - row.final_weight
+    shapes: dict[str, Callable[[Any], Any]] = {
+        "linear": lambda done: 1 - done,
+        "cosine": lambda done: 0.5 * (1 + jnp.cos(jnp.pi * done)),
+        "step": lambda done: jnp.where(done > 0, 0.0, 1.0),
+    }
+    shape = shapes[row.schedule]
+
+    def weight(step: Any) -> Any:
+        passed = jnp.asarray(step, jnp.float32) - row.begin + int(row.schedule == "step")
+        return row.final_weight + difference * shape(jnp.clip(passed / span, 0.0, 1.0))
+
+    return weight
+
+
+# Whose docstring says what a term rewards and ignores; the others are losses of the same name.
+LOSS_OF = {
+    "cross_entropy": "next_token_cross_entropy",
+    "smoothing": "soft_cross_entropy",
+    "repetition": "unlikelihood",
+    "centering": "squared_error",
+    "hinge": "pairwise_hinge",
+    "reference_kl": "kl_estimate",
+    "kl": "kl_estimate",
+    "value": "clipped_value_loss",
+}
