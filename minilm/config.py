@@ -60,6 +60,8 @@ Corpus = Annotated[FablesCorpus | TextCorpus | HubCorpus | PydocCorpus, Field(di
 
 
 class TokenizerConfig(Section):
+    """How text becomes tokens."""
+
     kind: Literal["bpe", "characters", "bytes"] = "bpe"
     # For "bpe": 256 bytes, two special tokens and the merges. An upper bound for small corpora.
     vocab_size: Annotated[int, Field(ge=258)] = 2048
@@ -89,6 +91,8 @@ class ModelConfig(Section):
 
 
 class BackendConfig(Section):
+    """How the machine computes."""
+
     # "auto" measures in a child process and keeps the faster; a resume keeps the run's choice.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     xla_flags: Literal["auto", "none"] = "auto"

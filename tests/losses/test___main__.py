@@ -1,19 +1,16 @@
 """docs/losses.md is what its generator writes, and has every loss."""
 
 import re
-import xml.etree.ElementTree
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from minilm.losses import LOSSES
-from minilm.losses.__main__ import HELPERS, page, write
+from minilm.losses.__main__ import page, write
 from minilm.losses.docstrings import explain
-from minilm.losses.pictures import PICTURES, draw
+from minilm.losses.pictures import PICTURES
 
 DOCS = Path(__file__).parents[2] / "docs"
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def test_the_page_is_what_the_docstrings_say():
@@ -31,35 +28,10 @@ def test_every_loss_has_an_entry_with_a_picture(name):
     assert explain(LOSSES[name]).formula in entry[1]
 
 
-def test_no_picture_is_of_no_loss():
-    known = set(LOSSES) | {helper.__name__ for helper in HELPERS}
-    assert set(PICTURES) <= known
-    assert {p.stem for p in (DOCS / "losses").iterdir()} == set(PICTURES)
-
-
 def test_every_table_of_the_page_has_as_many_cells_in_each_row():
     text = (DOCS / "losses.md").read_text("utf-8")
     for table in re.findall(r"(?:^\|.*\|\n)+", text, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_every_picture_is_what_the_loss_draws(name):
-    stored = (DOCS / f"losses/{name}.svg").read_text("utf-8")
-    drawn = draw(name)
-    assert NUMBER.sub("0", drawn) == NUMBER.sub("0", stored)
-    # Another processor may round otherwise: by 0.1 of a point in the picture.
-    numbers = ([float(x) for x in NUMBER.findall(svg)] for svg in (drawn, stored))
-    np.testing.assert_allclose(*numbers, atol=0.11, rtol=0)
-
-
-def test_a_picture_is_small_valid_and_without_a_date():
-    svg = draw("quantile_loss")
-    assert len(svg) < 25_000
-    xml.etree.ElementTree.fromstring(svg)
-    assert "Matplotlib v" not in svg
-    assert re.findall(r"20\d\d-\d\d", svg) == []
-    assert ">q = 0.9</text>" in svg
 
 
 def test_writing_makes_the_page_and_removes_pictures_of_no_loss(tmp_path, monkeypatch):

@@ -4,6 +4,31 @@ import pytest
 
 from minilm.text.fables.words import FEMALE, LISTS, OBSTACLES, WARM
 
+BEGIN_WITH_A_CONSONANT = [
+    "traits",
+    "kinds",
+    "helpers",
+    "birds",
+    "insects",
+    "young",
+    "swimmers",
+    "things",
+    "trees",
+    "grounds",
+    "tunes",
+    "finds",
+    "landmarks",
+    "tools/0",
+    "tools/1",
+    "tools/2",
+    "tools/3",
+    "small_traits",
+    "small_kinds",
+    "small_wants",
+    "small_tools",
+    "small_helpers",
+]
+
 
 @pytest.mark.parametrize("name", LISTS)
 def test_a_list_holds_each_phrase_once(name):
@@ -14,10 +39,7 @@ def test_there_are_words_enough():
     assert len({word for phrases in LISTS.values() for p in phrases for word in p.split()}) >= 400
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["traits", "kinds", "helpers", "birds", "insects", "young", "swimmers", "things", "trees", "grounds", "tunes", "finds", "landmarks", "tools/0", "tools/1", "tools/2", "tools/3", "small_traits", "small_kinds", "small_wants", "small_tools", "small_helpers"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", BEGIN_WITH_A_CONSONANT)
 def test_what_follows_a_begins_with_a_consonant(name):
     assert [word for word in LISTS[name] if word[0] in "aeiou"] == []
 
