@@ -1,0 +1,167 @@
+"""What a run's curves say: verdicts with evidence, confidence, remedy and the next command."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minilm.diagnose import rl, verdicts
+from minilm.diagnose.curves import FEWEST, Curves, collect, load
+from minilm.diagnose.fits import best_step, should_stop
+from minilm.diagnose.frame import Evidence, Finding, Verdict
+from minilm.diagnose.remedies import REMEDIES
+from minilm.errors import UserError
+
+__all__ = [
+    "ALARMS", "HEALTHY", "Evidence", "Verdict", "alarms", "best_step", "diagnose",
+    "diagnose_command", "healthy", "render", "should_stop",
+]  # fmt: skip
+
+HEALTHY = frozenset({"improving", "converged"})
+# What can be said while a run goes on; that it is too short, or too slow, its end has to show.
+ALARMS = frozenset({
+    "nonfinite", "vanishing_gradients", "exploding_gradients", "learning_rate_too_high",
+    "diverging", "spikes", "validation_mismatch", "overfitting", "zero_reward_variance",
+    "value_function_failure", "entropy_collapse", "length_gaming", "reward_hacking", "kl_blow_up",
+})  # fmt: skip
+
+type Source = Path | str | Iterable[Mapping[str, Any]]
+
+
+def diagnose(source: Source) -> list[Verdict]:
+    """The verdicts on a run, causes before their consequences; at least one a stage.
+
+    Args:
+      source: a run folder (all its stages), a stage folder, a `metrics.jsonl`, a CSV or TSV with
+        columns for step, training and validation loss, or records: dicts of numbers with a step.
+    Returns:
+      What is wrong, by stage; where nothing is, `improving` or `converged`.
+    Raises:
+      UserError: no metrics there, columns that cannot be told, or too few points of any curve.
+
+    >>> records = [{"step": k, "loss": 3 / (1 + k) ** 0.1} for k in range(1, 200, 4)]
+    >>> [verdict.name for verdict in diagnose(records)]
+    ['improving']
+    """
+    if isinstance(source, Path | str):
+        found, folder = load(source), Path(source)
+        config = next(
+            (p for p in (folder, *folder.parents[:2]) if (p / "config.toml").exists()), None
+        )
+        name = "CONFIG" if config is None else str(config / "config.toml")
+    else:
+        found, name = {"": collect(source)}, "CONFIG"
+    return [v for stage, curves in found.items() for v in _of_stage(curves, stage, name)]
+
+
+def healthy(found: Iterable[Verdict]) -> bool:
+    """Whether nothing is wrong.
+
+    >>> healthy([Verdict("improving", 0.9, (), "", "")])
+    True
+    """
+    return all(verdict.name in HEALTHY for verdict in found)
+
+
+def alarms(records: Iterable[Mapping[str, Any]]) -> list[Verdict]:
+    """What is wrong with a run that is still going on; nothing where it is too young to tell."""
+    try:
+        return [verdict for verdict in diagnose(records) if verdict.name in ALARMS]
+    except UserError:
+        return []
+
+
+def _of_stage(curves: Curves, stage: str, config: str) -> list[Verdict]:
+    policy = rl.is_policy(curves)
+    room = rl if policy else verdicts
+    findings: dict[str, Finding] = {}
+    for name, rule in room.RULES.items():
+        reasons = room.EXPLAINED_BY.get(name, frozenset())
+        explained = reasons & findings.keys() or ("*" in reasons and findings)
+        if not explained and (found := rule(curves)):
+            findings[name] = found
+    if not findings:
+        last = room.course(curves)
+        if last is None:
+            names = ", ".join(f"{len(c.steps)} of {n}" for n, c in curves.series.items())
+            raise UserError(
+                f"too few points to judge a curve: {names or 'none that is finite'}",
+                where=curves.source or None,
+                allowed=f"at least {FEWEST} of a loss or a reward",
+                hint="log more often: log_every",
+            )
+        findings = dict([last])
+    return [_verdict(name, f, curves, stage, config) for name, f in findings.items()]
+
+
+def _verdict(name: str, found: Finding, curves: Curves, stage: str, config: str) -> Verdict:
+    remedy = REMEDIES[name]
+    measured = curves.series.get("validation") or curves.series.get("gold")
+    best = curves.last_step
+    if measured is not None:
+        sign = 1 if "validation" in curves.series else -1
+        best = best_step(measured.steps, sign * measured.values)
+    known = stage if stage in ("pretrain", "reward", "rlhf") else "pretrain"
+    words = {
+        "stage": known,
+        "config": config,
+        "run": str(Path(config).parent) if config != "CONFIG" else "RUN",
+        "best_step": f"{max(best, 1):.0f}",
+        "more_steps": f"{2 * curves.last_step:.0f}",
+    }
+    command = remedy.command.format_map(words)
+    if config != "CONFIG" and command.startswith("minilm run "):
+        command += f" --out {words['run']}"  # else a new folder would be named after config.toml
+    return Verdict(name, found.confidence, found.evidence, remedy.text, command, stage)
+
+
+def _json(found: Sequence[Verdict]) -> str:
+    """One JSON object: `healthy`, and the verdicts; what is not finite is null."""
+
+    def number(value: float | None) -> float | None:
+        return value if value is not None and abs(value) < float("inf") else None
+
+    rows = []
+    for verdict in found:
+        told = [e._asdict() | {"value": number(e.value)} for e in verdict.evidence]
+        rows.append(verdict._asdict() | {"evidence": told})
+    return json.dumps({"healthy": healthy(found), "verdicts": rows}, indent=1, ensure_ascii=False)
+
+
+def render(found: Sequence[Verdict]) -> Any:
+    """The verdicts for a terminal, a panel a stage."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    stages: dict[str, list[Text]] = {}
+    for verdict in found:
+        colour = "green" if verdict.name in HEALTHY else "yellow"
+        text = Text()
+        text.append(verdict.name.replace("_", " "), style=f"bold {colour}")
+        text.append(f"  confidence {verdict.confidence:.2f}\n")
+        text.append("".join(f"  {told}\n" for told in verdict.evidence))
+        text.append(f"{verdict.remedy}\n")
+        text.append("next: ", style="dim").append(verdict.command)
+        stages.setdefault(verdict.stage, []).append(text)
+    panels = [
+        Panel(Group(*_parted(texts)), title=stage or None, title_align="left")
+        for stage, texts in stages.items()
+    ]
+    return Group(*panels)
+
+
+def _parted(texts: list[Any]) -> list[Any]:
+    """With an empty line between them."""
+    return [part for text in texts for part in ("", text)][1:]
+
+
+def diagnose_command(path: Path, *, as_json: bool) -> None:
+    """`minilm diagnose PATH`: prints the verdicts, `--json` as one object."""
+    from rich.console import Console
+
+    found = diagnose(path)
+    if as_json:
+        print(_json(found))
+    else:
+        Console().print(render(found))
