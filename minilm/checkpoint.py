@@ -146,6 +146,22 @@ def set_best(path: Path, best: float | int) -> None:
     _write_metadata(path, metadata(path) | {"best": float(best)})
 
 
+def keep_best(folder: Path, stopped: int) -> Path:
+    """Makes the checkpoint of the lowest "best" the last one: training stopped at `stopped`.
+
+    Killed halfway, the same call completes it.
+    """
+    known = {path: metadata(path) for path in folder.glob("step_*")}
+    judged = [path for path, record in known.items() if record["best"] is not None]
+    best = min(judged, key=lambda path: known[path]["best"])
+    step = known[best]["step"]
+    _write_metadata(best, known[best] | {"steps": step, "stopped_at": stopped})
+    for path in known:
+        if path > best:
+            _remove(path)
+    return best
+
+
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None without any. A line on stderr for each damaged one.
 

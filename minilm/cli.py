@@ -12,13 +12,14 @@ from minilm.errors import UserError, nearest
 
 
 class Command(NamedTuple):
-    run: Callable[[str, list[str]], None]  # (name, words after it)
+    run: Callable[[str, list[str]], int | None]  # (name, words after it) -> exit code, None for 0
     help: str
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 2 for a user's mistake, 130 when interrupted."""
     words = list(sys.argv[1:] if words is None else words)
+    code = 0
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(_help())
@@ -27,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
             print(f"minilm {version('minilm')}")
         elif words[0] in COMMANDS:
-            COMMANDS[words[0]].run(words[0], words[1:])
+            code = COMMANDS[words[0]].run(words[0], words[1:]) or 0
         else:
             close = nearest(words[0], COMMANDS)
             hint = f"did you mean '{close}'?" if close else "minilm --help lists them"
@@ -42,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return code
 
 
 def _run(name: str, words: list[str]) -> None:
@@ -115,6 +116,35 @@ def _report(name: str, words: list[str]) -> None:
     print(write(args.RUN))
 
 
+def _audit(name: str, words: list[str]) -> int:
+    parser = _parser(name, "PATH", "a run folder, or a TOML file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args, overrides = parser.parse_known_args(words)
+    from minilm.audit import audit_command
+
+    return audit_command(args.PATH, as_json=args.json, overrides=overrides)
+
+
+def _diagnose(name: str, words: list[str]) -> None:
+    parser = _parser(name, "PATH", "a run or stage folder, a metrics.jsonl or a CSV file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(words)
+    from minilm.diagnose import diagnose_command
+
+    diagnose_command(args.PATH, as_json=args.json)
+
+
+def _lr_range(name: str, words: list[str]) -> None:
+    parser = _parser(name, "CONFIG", "a TOML file, such as configs/quick.toml")
+    parser.add_argument(
+        "--out", type=Path, help="folder of table and plot (default: runs/lr-range)"
+    )
+    args, config = _parse_config(parser, words)
+    from minilm.lr_range import lr_range_command
+
+    lr_range_command(config, args.out)
+
+
 COMMANDS = {
     "run": Command(_run, "all stages in order; skips what is done, resumes what was interrupted"),
     "pretrain": Command(_run, "tokenizer and next-token training on the corpus"),
@@ -126,6 +156,9 @@ COMMANDS = {
     "model": Command(_model, "parameters, FLOPs and memory of a config, before anything runs"),
     "config": Command(_config, "the resolved config"),
     "report": Command(_report, "write a run's page again"),
+    "audit": Command(_audit, "what a run's or config's objectives pay for; integrity checks"),
+    "diagnose": Command(_diagnose, "what training curves say: verdicts, evidence, remedies"),
+    "lr-range": Command(_lr_range, "learning-rate range test: a suggestion and a plot"),
 }
 
 

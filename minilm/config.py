@@ -148,6 +148,8 @@ class PretrainConfig(SupervisedConfig):
     steps: Positive = 1500
     sequence_length: Annotated[int, Field(ge=8)] = 256
     validation_documents: Positive = 512  # read during training; the end reads the whole split
+    # Early stopping: so many evaluations without a lower loss, then back to the best. 0: never.
+    patience: Natural = 0
     sample_count: Positive = 512  # stories sampled at the end for the parse share
     max_new_tokens: Positive = 160  # of a sample
 

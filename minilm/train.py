@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from minilm import backend, balance, checkpoint
 from minilm.balance import balance_of
 from minilm.config import BalanceConfig, LoopConfig
+from minilm.diagnose import alarms, should_stop
 from minilm.errors import UserError
 from minilm.losses.reduce import Mean
 from minilm.metrics import MetricsLog, Progress, read
@@ -185,6 +186,7 @@ def fit(
     tokens_per_step: int = 0,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     best: str | None = None,
+    patience: int = 0,
     sample: Callable[[TrainState], str] | None = None,
     started: float | None = None,
 ) -> tuple[TrainState, dict]:
@@ -199,6 +201,7 @@ def fit(
       metadata, files: stored with every checkpoint.
       evaluate: run at step 0, every `loop.evaluate_every` steps and at the end.
       best: the evaluated metric whose lowest checkpoint is kept too.
+      patience: evaluations without a lower `best`, after which its checkpoint is the last; 0: off.
       sample: a text shown at a quarter, half and the end, and within a minute of `started`.
       started: `time.monotonic()` of when the stage began, if not now.
     Returns:
@@ -211,12 +214,13 @@ def fit(
     started = started or time.monotonic()
     checkpoints = folder / "checkpoints"
     found = checkpoint.latest(checkpoints)
-    done, seconds = 0, 0.0
+    done, seconds, logged = 0, 0.0, -1
     if found:
         state = checkpoint.restore(found, state)
         stored = checkpoint.metadata(found)
         done, seconds = stored["step"], stored["seconds"]
-    log = MetricsLog(folder / "metrics.jsonl", keep_until=done if found else -1)
+        logged = stored.get("stopped_at", done)
+    log = MetricsLog(folder / "metrics.jsonl", keep_until=logged)
     evaluations = {r["step"]: r for r in read(folder / "metrics.jsonl") if r["kind"] == "eval"}
     milestones = {max(steps // 4, 1), max(steps // 2, 1), steps} if sample else set()
 
@@ -242,7 +246,21 @@ def fit(
         # Asked again on resume: the run may have been killed between the record and this.
         if best and saved and checkpoint.metadata(saved)["best"] is None:
             checkpoint.set_best(saved, evaluations[step_count][best])
+        for verdict in alarms(read(folder / "metrics.jsonl")):
+            if verdict.name not in warned:
+                seen = "; ".join(map(str, verdict.evidence))
+                progress.note(
+                    f"{title} {step_count}/{steps}: {verdict.name.replace('_', ' ')}? {seen}"
+                )
+                warned.add(verdict.name)
 
+    def stopped_early() -> bool:
+        if not (best and patience and saved):
+            return False
+        known = sorted(evaluations)
+        return should_stop(known, [evaluations[s][best] for s in known], patience)
+
+    warned: set[str] = set()
     last_metrics: dict = {}
     saved = found
     window: list[dict] = []
@@ -255,7 +273,8 @@ def fit(
             evaluate_now(done)
         previous = None
         clock = time.perf_counter()
-        for k in range(done, steps):
+        stopped = stopped_early()
+        for k in range(done, done if stopped else steps):
             state, metrics = step(state, k)
             if previous is not None:  # reading step k - 1 while step k runs: no idle device
                 window.append(jax.device_get(previous))
@@ -284,6 +303,9 @@ def fit(
                 raise Interrupted(f"{title} saved at step {k + 1}; the same command goes on")
             if due:
                 evaluate_now(k + 1)
+                stopped = k + 1 < steps and stopped_early()
+                if stopped:
+                    break
             early = not sampled and time.monotonic() - started > SAMPLE_AFTER
             if sample and (early or any(k + 1 - loop.log_every < m <= k + 1 for m in milestones)):
                 progress.note(f"{title} {k + 1}/{steps} writes: {sample(state)}")
@@ -291,9 +313,15 @@ def fit(
             clock = time.perf_counter()
         if signals.caught:  # while the last evaluation ran
             raise Interrupted(f"{title} is done; the same command goes on")
-    record = {"seconds": seconds, **evaluations.get(steps, {})}
+        last = made = steps
+        if stopped:
+            made = max(evaluations)
+            kept = checkpoint.keep_best(checkpoints, made)
+            state, last = checkpoint.restore(kept, state), checkpoint.metadata(kept)["step"]
+            progress.note(f"{title}: stopped at step {made}, back to the best, step {last}")
+    record = {"seconds": seconds, **evaluations.get(last, {})}
     if tokens_per_step and seconds:
-        record["tokens_per_second"] = steps * tokens_per_step / seconds
+        record["tokens_per_second"] = made * tokens_per_step / seconds
     return state, record
 
 

@@ -1,5 +1,6 @@
 """What every test runs under: checked shapes, no silent promotion, no network."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 # Before anything imports JAX or a Hugging Face library; subprocesses inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile much and compute little: programs that nobody optimised are made in half the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -30,6 +33,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # No deadline: the first example of a shape compiles. Derandomised: a red build means a change.
 settings.register_profile("minilm", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("minilm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process makes the shared run, in the first file; what reads it comes last.
+
+    Between them the other process has enough to do, and does not wait for the run.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if item.path.name == "test_resume.py":
+            return 0
+        return 2 if item.path in readers else 1
+
+    readers = {i.path for i in items if "tiny_run" in vars(i).get("fixturenames", ())}
+    items.sort(key=place)
 
 
 class Done(NamedTuple):
@@ -124,25 +142,37 @@ def tiny() -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(shared, tiny, compiled, processes) -> Path:
     """One uninterrupted run of tests/tiny.toml. To be read, not written."""
-    from jax.experimental.compilation_cache import compilation_cache
-
     from minilm import cli
 
     out = shared / "tiny" / "run"
-    options = {"jax_compilation_cache_dir": str(compiled)}
+    with cached_programs(compiled), (shared / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # made by the first who asks for it
+        code = cli.main(["run", str(tiny), "--out", str(out)])
+    assert code == 0
+    return out
+
+
+@contextlib.contextmanager
+def cached_programs(folder: Path) -> Iterator[None]:
+    """This process keeps compiled programs in a folder, and takes them from there."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {"jax_compilation_cache_dir": str(folder)}
     options |= {name.lower(): int(value) for name, value in CACHE.items()}
     before = {name: jax.config.values[name] for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # else the folder of the first compilation stays
-    with (shared / "tiny.lock").open("w") as lock:  # made by the first who asks for it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        code = cli.main(["run", str(tiny), "--out", str(out)])
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    assert code == 0
-    return out
+
+
+@pytest.fixture(scope="module")
+def compiling_once(compiled) -> Iterator[None]:
+    with cached_programs(compiled):
+        yield
 
 
 TIMES = {"seconds", "wall_seconds", "tokens_per_second"}

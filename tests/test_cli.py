@@ -12,7 +12,7 @@ import pytest
 from minilm import cli
 from minilm.config import Config, ModelConfig
 
-WITH_CONFIG = ["run", "pretrain", "preferences", "reward", "rlhf", "model", "config"]
+WITH_CONFIG = ["run", "pretrain", "preferences", "reward", "rlhf", "model", "config", "lr-range"]
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 
 

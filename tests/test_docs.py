@@ -48,13 +48,16 @@ def nothing_runs(monkeypatch):
     """Commands parse their words and then do nothing."""
 
     def nothing(*args, **options):
-        return ""
+        return 0
 
     functions = {
         "minilm.run": ("run",),
         "minilm.handle": ("generate_command",),
         "minilm.estimate": ("model_command",),
         "minilm.report": ("write",),
+        "minilm.audit": ("audit_command",),
+        "minilm.diagnose": ("diagnose_command",),
+        "minilm.lr_range": ("lr_range_command",),
         "minilm.inspection": ("describe", "render", "diff", "render_diff"),
     }
     for module, names in functions.items():

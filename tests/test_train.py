@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from minilm import metrics
+from minilm import checkpoint, metrics
 from minilm.checkpoint import flatten
 from minilm.config import LoopConfig, ModelConfig, OptimizerConfig
 from minilm.errors import UserError
@@ -311,6 +311,63 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     run(tmp_path, evaluate=evaluate, best="validation_loss", loop=loop)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_00000004", "step_00000012"]
+
+
+def rising_after_four(state):
+    return {"validation_loss": abs(float(state.step) - 4)}
+
+
+EARLY = {"evaluate": rising_after_four, "best": "validation_loss", "patience": 2}
+
+
+def test_early_stopping_ends_with_the_best(tmp_path):
+    state, record = run(tmp_path / "early", steps=16, **EARLY)
+    assert int(state.step) == 4 and record["validation_loss"] == 0
+    rows = metrics.read(tmp_path / "early" / "metrics.jsonl")
+    assert max(row["step"] for row in rows) == 12  # two evaluations later; the curve stays whole
+    newest = checkpoint.latest(tmp_path / "early" / "checkpoints")
+    assert newest is not None
+    found = checkpoint.metadata(newest)
+    assert (found["step"], found["steps"], found["stopped_at"]) == (4, 4, 12)
+
+
+@pytest.mark.parametrize("place", ["_write_metadata", "_remove"])
+def test_killed_while_going_back_to_the_best_the_same_end_is_reached(tmp_path, monkeypatch, place):
+    expected, _ = run(tmp_path / "whole", steps=16, **EARLY)
+    stopping = []
+    original = vars(checkpoint)[place]
+
+    def dying(path, *rest):
+        if stopping:
+            raise Killed
+        return original(path, *rest)
+
+    def keep_best(folder, stopped):
+        stopping.append(stopped)
+        return kept(folder, stopped)
+
+    kept = checkpoint.keep_best
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, place, dying)
+        patch.setattr(checkpoint, "keep_best", keep_best)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", steps=16, **EARLY)
+    state, _ = run(tmp_path / "killed", steps=16, **EARLY)
+    assert_equal(arrays(state.model), arrays(expected.model))
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+
+
+def test_what_goes_wrong_is_said_while_it_does(tmp_path, capsys):
+    loop = LOOP.model_copy(update={"log_every": 1, "evaluate_every": 10})
+
+    def turning(state, batch):
+        state, values = STEP(state, batch)
+        return state, values | {"cross_entropy": abs(10.0 - int(state.step))}
+
+    run(tmp_path, step=turning, evaluate=lambda state: {}, steps=20, loop=loop)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("diverging? lowest smoothed loss:") == 1
+    assert said.index("test 10/20") < said.index("test 20/20: diverging?")
 
 
 def test_a_sample_is_shown_at_a_quarter_half_and_the_end(tmp_path):

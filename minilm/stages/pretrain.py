@@ -95,6 +95,7 @@ def pretrain(ws: Workspace) -> dict:
         tokens_per_step=config.batch_size * length,
         evaluate=evaluate,
         best="validation_loss",
+        patience=config.patience,
         sample=one_sample,
         started=started,
     )
