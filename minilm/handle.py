@@ -99,8 +99,11 @@ class Run:
         """The run's learned reward of each completion, normalised as RLHF was paid.
 
         Raises:
-          UserError: the path has no reward model.
+          UserError: the path has no reward model, or the lists differ in length.
         """
+        if len(prompts) != len(completions):
+            told = f"{len(prompts)} prompts, {len(completions)} completions"
+            raise UserError("each prompt needs one completion", value=told)
         found = checkpoint.find(self.path, ("reward",))
         model, meta = load_model(found)
         if meta["stage"] != "reward":

@@ -44,7 +44,7 @@ class Difference(NamedTuple):
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     reshaped: tuple[tuple[str, str, str], ...]  # key, then dtype and shape in a and in b
-    changed: tuple[tuple[str, float], ...]  # key and |a - b| / |a|, largest first
+    changed: tuple[tuple[str, float], ...]  # key and |a - b| / |a|; parameters, then the rest
     equal: int  # arrays that are the same, bit for bit
     config: tuple[tuple[str, Any, Any], ...]  # dotted key, a's value, b's
 
@@ -92,7 +92,7 @@ def diff(a: Path, b: Path) -> Difference:
         only_a=tuple(key for key in left if key not in right),
         only_b=tuple(key for key in right if key not in left),
         reshaped=tuple((k, kind(left[k]), kind(right[k])) for k in shared if k not in same),
-        changed=tuple(sorted(changed, key=lambda change: -change[1])),
+        changed=tuple(sorted(changed, key=lambda c: (not c[0].startswith("model."), -c[1]))),
         equal=len(same) - len(differ),
         config=tuple((k, before.get(k), after.get(k)) for k in changed_keys(before, after)),
     )

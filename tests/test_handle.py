@@ -93,3 +93,8 @@ def test_the_command_prints_prompt_and_completion(tiny_run, processes):
     assert first.code == 0, first.output
     assert first.output.count("A fox") == 2
     assert first.output == second.output
+
+
+def test_each_prompt_is_scored_with_one_completion(run):
+    with pytest.raises(UserError, match="2 prompts, 1 completions"):
+        run.score(["A fox", "A hen"], [" ran."])

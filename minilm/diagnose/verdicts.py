@@ -359,13 +359,10 @@ def course(curves: Curves) -> tuple[str, Finding] | None:
         return None
     gain = _gain(loss)
     if gain is None or loss.last <= 0:  # no law can be fitted
-        flat = loss.smooth.values[-1] >= np.median(loss.smooth.values) - fits.noise(
-            loss.curve.values
-        )
-        told = (
-            Evidence("loss", loss.start, loss.curve.steps[0]),
-            Evidence("loss", loss.last, loss.end),
-        )
+        scatter = fits.noise(loss.curve.values)
+        flat = loss.smooth.values[-1] >= np.median(loss.smooth.values) - scatter
+        told = (Evidence("loss", loss.start, loss.curve.steps[0]),
+                Evidence("loss", loss.last, loss.end))  # fmt: skip
         return "converged" if flat else "improving", Finding(0.5, told)
     share, told = gain.estimate / loss.last, _told(loss, gain)
     if share > UNFINISHED / 10:
