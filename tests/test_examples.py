@@ -195,7 +195,7 @@ def test_a_text_classifier_overfits_and_is_stopped(quick):
 def test_text_classifiers_overfit_on_both_sources_and_are_stopped(run):
     shown = run("sentiment")
     assert shown.figures.keys() == {"reviews", "manual"}
-    assert shown.printed.count("overfitting") == 2
+    assert shown.printed.count("│ overfitting ") == 2  # a verdict each, beside the live ones
     _overfits(shown.figures)
 
 

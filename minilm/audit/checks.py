@@ -147,7 +147,8 @@ def accumulation_is_the_whole_batch(setting: Setting) -> tuple[bool, str]:
         np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(found[3])])
         for found in (whole, parts)
     )
-    gap = float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12))
+    # Where nothing pulls, as in GRPO with equal scores, what is left is rounding.
+    gap = float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-4))
     same, said = close(jnp.sum(parts[0]), jnp.sum(whole[0]), setting.tolerance)
     return same and gap <= setting.tolerance, f"gradient off by {gap:.2g} of its norm, loss {said}"
 
