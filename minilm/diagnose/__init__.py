@@ -102,12 +102,15 @@ def _verdict(name: str, found: Finding, curves: Curves, stage: str, config: str)
         sign = 1 if "validation" in curves.series else -1
         best = best_step(measured.steps, sign * measured.values)
     known = stage if stage in ("pretrain", "reward", "rlhf") else "pretrain"
+    best, twice = f"{max(best, 1):.0f}", f"{2 * curves.last_step:.0f}"
     words = {
         "stage": known,
         "config": config,
         "run": str(Path(config).parent) if config != "CONFIG" else "RUN",
-        "best_step": f"{max(best, 1):.0f}",
-        "more_steps": f"{2 * curves.last_step:.0f}",
+        "best_step": best,
+        # The reward model's length is told in passes over its pairs.
+        "to_best": "--reward.epochs 1" if known == "reward" else f"--{known}.steps {best}",
+        "twice": "--reward.epochs 2" if known == "reward" else f"--{known}.steps {twice}",
     }
     command = remedy.command.format_map(words)
     if config != "CONFIG" and command.startswith("minilm run "):

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 
 class Remedy(NamedTuple):
-    """A `{stage}` in the command is the stage's name, `{config}` the config file."""
+    """A `{stage}` in the command is the stage's name, `{config}` the config file, `{to_best}` and
+    `{twice}` the option that ends it at its best step, or makes it twice as long."""
 
     text: str
     command: str
@@ -55,7 +56,7 @@ REMEDIES: dict[str, Remedy] = {
     "overfitting": Remedy(
         "Validation rises while training falls: take the checkpoint of the best step, stop there, "
         "or get more data; then a smaller model or more weight decay.",
-        "minilm run {config} --redo {stage} --{stage}.steps {best_step}",
+        "minilm run {config} --redo {stage} {to_best}",
     ),
     "learning_rate_too_low": Remedy(
         "The loss creeps: raise the rate three- to tenfold.", "minilm lr-range {config}"
@@ -72,7 +73,7 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "too_short": Remedy(
         "It was still falling when it ended: train longer.",
-        "minilm run {config} --redo {stage} --{stage}.steps {more_steps}",
+        "minilm run {config} --redo {stage} {twice}",
     ),
     "improving": Remedy("Still getting better: nothing to mend.", "minilm report {run}"),
     "converged": Remedy("As low as it will get: nothing to mend.", "minilm report {run}"),
