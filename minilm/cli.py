@@ -50,7 +50,11 @@ def _run(name: str, words: list[str]) -> None:
     parser = _parser(name, "CONFIG", "a TOML file, such as configs/quick.toml")
     add = parser.add_argument
     add("--out", type=Path, help="run folder (default: runs/ and CONFIG's stem)")
-    add("--init", type=Path, help="a run whose pretrained model this one starts from")
+    add(
+        "--init",
+        type=Path,
+        help="a run whose pretrained model this one starts from (rlhf: whose reward model too)",
+    )
     add("--redo", metavar="STAGE", help="remake this stage and what follows it")
     parser.set_defaults(until=None, only=name)
     if name == "run":
@@ -145,6 +149,42 @@ def _lr_range(name: str, words: list[str]) -> None:
     lr_range_command(config, args.out)
 
 
+def _overoptimize(name: str, words: list[str]) -> None:
+    parser = _parser(name, "CONFIG", "a TOML file, such as configs/overoptimize.toml")
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of the study (default: runs/ and CONFIG's stem)")
+    add("--init", type=Path, help="a finished run whose pretrained model is used")
+    args, _ = _parse_config(parser, words)
+    overrides = parser.parse_known_args(words)[1]
+    from minilm.configfile import load
+    from minilm.studies.overoptimize import overoptimize_command
+
+    out = args.out or Path("runs") / args.CONFIG.stem
+    overoptimize_command(lambda more: load(args.CONFIG, [*overrides, *more]), out, args.init)
+
+
+def _evaluate(name: str, words: list[str]) -> None:
+    parser = _Parser(prog=f"minilm {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    parser.add_argument("RUN", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--out", type=Path, help="folder (default: evaluation in the first RUN)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(words)
+    from minilm.studies.evaluation import evaluate_command
+
+    evaluate_command(args.RUN, args.out, as_json=args.json)
+
+
+def _score(name: str, words: list[str]) -> None:
+    parser = _parser(name, "PATH", "a run folder, a reward stage or its checkpoint")
+    add = parser.add_argument
+    add("--file", type=Path, required=True, help="JSON Lines of pairs, completions or texts")
+    add("--out", type=Path, help="where the rows go with their rewards (default: the screen)")
+    args = parser.parse_args(words)
+    from minilm.handle import score_command
+
+    score_command(args.PATH, args.file, args.out)
+
+
 COMMANDS = {
     "run": Command(_run, "all stages in order; skips what is done, resumes what was interrupted"),
     "pretrain": Command(_run, "tokenizer and next-token training on the corpus"),
@@ -158,6 +198,9 @@ COMMANDS = {
     "report": Command(_report, "write a run's page again"),
     "audit": Command(_audit, "what a run's or config's objectives pay for; integrity checks"),
     "diagnose": Command(_diagnose, "what training curves say: verdicts, evidence, remedies"),
+    "evaluate": Command(_evaluate, "report card of the reward model; win rates between policies"),
+    "score": Command(_score, "rewards of a file of pairs, completions or texts"),
+    "overoptimize": Command(_overoptimize, "gold and proxy under more and more optimisation"),
     "lr-range": Command(_lr_range, "learning-rate range test: a suggestion and a plot"),
 }
 

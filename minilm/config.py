@@ -246,6 +246,16 @@ class BalanceConfig(Section):
     alpha: NonNegative = 1.5  # "gradnorm": how much harder slow terms pull
 
 
+class StudyConfig(Section):
+    """`minilm overoptimize`: arms, each run over seeds of RL and compared with best-of-n."""
+
+    arms: dict[str, str] = {"main": ""}  # by name: options laid over this config
+    seeds: Positive = 4  # RL runs an arm, on one reward model; an interval needs several
+    best_of: Annotated[int, Field(ge=2)] = 512  # completions of the reference a prompt
+    best_of_prompts: Positive = 64  # of the development prompts
+    kl_budgets: tuple[Rate, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats; where to stop
+
+
 class Config(Section):
     """A whole run."""
 
@@ -262,3 +272,4 @@ class Config(Section):
     rlhf: RLHFConfig = RLHFConfig()
     objective: dict[str, TermConfig] = {}  # by name, beside each stage's own
     balance: BalanceConfig = BalanceConfig()
+    study: StudyConfig = StudyConfig()  # read by `minilm overoptimize` alone

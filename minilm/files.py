@@ -68,6 +68,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [_object(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
 
+def stage_folder(run: Path, name: str) -> Path:
+    """A stage, or a file, of a run: in its folder, or in that of the run it started from (--init).
+
+    A run that was moved together with the one it starts from finds it beside itself.
+    """
+    init = read_json(run / "environment.json").get("init")
+    if (run / name).exists() or not init:
+        return run / name
+    places = (Path(init), run.parent / Path(init).name)
+    return stage_folder(next((p for p in places if p.is_dir()), places[0]), name)
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

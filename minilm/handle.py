@@ -1,6 +1,7 @@
 """`minilm.Run`: a run, a stage or a checkpoint as an object for notebooks and the command line."""
 
 import functools
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from minilm import backend, checkpoint, metrics
 from minilm.config import BackendConfig, Config
 from minilm.errors import UserError
-from minilm.files import read_json
+from minilm.files import read_json, read_jsonl, write_jsonl
 from minilm.generate import stream
 from minilm.model import Transformer
 from minilm.stages.evaluate import sample, texts_of
@@ -114,6 +115,50 @@ class Run:
         return (raw - normalization.mean) / normalization.std
 
 
+def score_command(path: Path, file: Path, out: Path | None) -> None:
+    """`minilm score`: rows of a JSON Lines file with the run's rewards, in units of its reference.
+
+    A row with `chosen` and `rejected` gets `reward_chosen`, `reward_rejected` and `preferred`; one
+    with `completion`, or `text`, a `reward`. `prompt` is "" where it is missing.
+
+    Raises:
+      UserError: no rows, or a row that has none of these texts.
+    """
+    rows = read_jsonl(file)
+    if not rows:
+        raise UserError("no rows to score", where=file)
+    kinds = [("chosen", "rejected"), ("completion",), ("text",)]
+    texts: list[tuple[int, str, str, str]] = []  # row, its key, prompt, completion
+    for number, row in enumerate(rows):
+        kind = next((k for k in kinds if all(isinstance(row.get(key), str) for key in k)), None)
+        if kind is None or not isinstance(row.get("prompt", ""), str):
+            allowed = "`chosen` and `rejected`, `completion`, or `text`; and `prompt`"
+            where = f"{file}: row {number + 1}"
+            raise UserError("nothing to score", where=where, value=sorted(row), allowed=allowed)
+        texts += [(number, key, row.get("prompt", ""), row[key]) for key in kind]
+    _configure(path)
+    rewards = Run(path).score([t[2] for t in texts], [t[3] for t in texts])
+    for (number, key, _, _), reward in zip(texts, rewards.tolist(), strict=True):
+        name = f"reward_{key}" if key in ("chosen", "rejected") else "reward"
+        rows[number] |= {name: round(reward, 4)}
+    for row in rows:
+        if "reward_chosen" in row:
+            better = row["reward_chosen"] > row["reward_rejected"]
+            row["preferred"] = "chosen" if better else "rejected"
+    if out is not None:
+        write_jsonl(out, rows)
+        return
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def _configure(path: Path) -> None:
+    """Computes as the run did that the path lies in."""
+    folders = [path, *path.absolute().parents]
+    stored = next(filter(None, (read_json(f / "environment.json") for f in folders)), {})
+    backend.configure(BackendConfig(), stored.get("choice"))
+
+
 def generate_command(
     path: Path,
     prompts: list[str],
@@ -126,9 +171,7 @@ def generate_command(
     count: int,
 ) -> None:
     """`minilm generate`: prints completions as they are decoded."""
-    folders = [path, *path.absolute().parents]  # the run that a checkpoint lies in
-    stored = next(filter(None, (read_json(f / "environment.json") for f in folders)), {})
-    backend.configure(BackendConfig(), stored.get("choice"))
+    _configure(path)
     run = Run(path)
     step, steps = run.metadata["step"], run.metadata["steps"]
     if step < steps:

@@ -19,7 +19,7 @@ from minilm import backend, configfile
 from minilm.choices import choose, imported
 from minilm.config import Config
 from minilm.errors import UserError
-from minilm.files import read_json, write_atomically, write_json
+from minilm.files import read_json, stage_folder, write_atomically, write_json
 
 console = Console(soft_wrap=True)
 
@@ -83,7 +83,8 @@ def run(
       out: the run folder itself.
       until: the last stage to run.
       redo: remake this stage and what follows; the old folders are kept beside.
-      init: another run folder whose pretrained model is used.
+      init: another run folder whose pretrained model is used, and its reward model where `only`
+        is "rlhf" and the folder has none: so seeds and algorithms share one reward model.
       only: one stage; `reward` makes the pairs too when there are none and no file is given.
     Raises:
       UserError: a finished stage was made from other config or inputs (the keys are named), a
@@ -92,13 +93,30 @@ def run(
     for option, name in (("--until", until), ("--redo", redo)):
         if name is not None:
             choose(dict.fromkeys(NAMES), name, option)
-    if init is not None and not (init / "pretrain" / "done.json").exists():
+    if init is not None and not (stage_folder(init, "pretrain") / "done.json").exists():
         raise UserError("no finished pretrained model there", where="--init", value=str(init))
+    borrowed = ("pretrain",) if init else ()
+    if init and only == "rlhf" and not (out / "reward" / "done.json").exists():
+        borrowed = ("pretrain", "preferences", "reward")
     with _locked(out):
-        _run_locked(config, out, until, redo, init, only)
+        _run_locked(config, Place(out, init, borrowed), until, redo, only)
 
 
-def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None:
+class Place(NamedTuple):
+    """A run folder, and the stages that it takes from another run."""
+
+    out: Path
+    init: Path | None = None
+    borrowed: tuple[str, ...] = ()
+
+    def stage(self, name: str) -> Path:
+        if self.init and name in self.borrowed:
+            return stage_folder(self.init, name)
+        return self.out / name
+
+
+def _run_locked(config, place: Place, until, redo, only) -> None:
+    out, init, borrowed = place
     chosen = _chosen(out, until, only)
     if init is not None:
         _check_same_world(config, init)
@@ -111,7 +129,7 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
     remade = NAMES[NAMES.index(redo) :] if redo else ()
     for stage in chosen:
         for need in stage.needs:
-            folder = (init if init and need == "pretrain" else out) / need
+            folder = place.stage(need)
             if need not in names and not (folder / "done.json").exists():
                 raise UserError(
                     f"{stage.name} needs the result of {need}, which is not there",
@@ -120,8 +138,8 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
                 )
     plan = {}
     # Those built on too: a finished one that was made from other config is refused.
-    for stage in STAGES[: NAMES.index(names[-1]) + 1]:
-        state = "new" if stage.name in remade else _fingerprint(stage, config, out, init)[1]
+    for stage in STAGES[bool(init) : NAMES.index(names[-1]) + 1]:
+        state = "new" if stage.name in remade else fingerprint(stage, config, place)[1]
         if stage.name in names:
             plan[stage.name] = state
     todo = [name for name, state in plan.items() if state != "done"]
@@ -131,19 +149,19 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
             _write_results(out)  # killed before it could
         _print_summary(_summary(out))
         return
-    _check_ahead(config, todo)
+    _function("minilm.stages.preflight:check")(config, todo)
     for name in remade:
         _set_aside(out, name)
     write_atomically(out / "config.toml", configfile.dump(config).encode())
-    environment = _environment(config, out, init)
+    environment = _environment(config, place)
     console.print(f"compute: {environment['compute_dtype']}; {environment['reason']}")
     _print_plan(plan, config, environment)
 
     from minilm.stages.workspace import Workspace
 
-    ws = Workspace(config, out, init, environment["compute_dtype"])
+    ws = Workspace(config, *place[:2], environment["compute_dtype"], borrowed)
     for stage in (s for s in chosen if s.name in todo):
-        made_from, _ = _fingerprint(stage, config, out, init)
+        made_from, _ = fingerprint(stage, config, place)
         write_json(ws.stage(stage.name) / "started.json", made_from)
         console.rule(stage.name)
         start = time.perf_counter()
@@ -157,51 +175,6 @@ def _run_locked(config, out: Path, until, redo, init: Path | None, only) -> None
         page = _write_results(out)
     _print_summary(_summary(out))
     console.print(f"summary: {out / 'summary.json'}\npage:    {page}")
-
-
-def _check_ahead(config: Config, todo: list[str]) -> None:
-    """What would otherwise be found out after the pretraining."""
-    from minilm.algorithms import ALGORITHMS, objective
-    from minilm.judges import configured
-    from minilm.stages.preferences import from_file
-    from minilm.stages.pretrain import LANGUAGE
-    from minilm.stages.reward import PREFERENCE
-    from minilm.terms import configured as configured_objective
-    from minilm.terms import known_names
-
-    aims = {"pretrain": LANGUAGE, "reward": PREFERENCE}
-    if "rlhf" in todo:
-        algorithm = choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
-        if config.rlhf.group_size < 2 and not algorithm.critic:
-            problem = f"{config.rlhf.algorithm} compares a completion with others of its prompt"
-            raise UserError(problem, where="rlhf.group_size", value=1, allowed="at least 2")
-        aims["rlhf"] = objective(algorithm, config.rlhf)
-    for name in config.objective:
-        choose(dict.fromkeys(known_names(aims)), name, f"objective.{name}")
-    for stage in aims.keys() & set(todo):
-        configured_objective(aims[stage], stage, config, 10**6)
-    if "preferences" in todo and config.preferences.file:
-        from_file(Path(config.preferences.file))
-    elif "preferences" in todo and config.judge.name == "none":
-        hint = "name a judge, or give your own pairs: --preferences.file FILE.jsonl"
-        raise UserError("there is no judge to label pairs", where="judge.name", hint=hint)
-    if not {"preferences", "rlhf"} & set(todo):
-        return
-    corpus, sizes = config.corpus, config.prompts
-    wanted = sizes.preferences + sizes.rlhf + sizes.development + sizes.evaluation
-    if corpus.kind == "fables" and wanted > round(corpus.held_out * corpus.documents):
-        raise UserError(
-            "more prompts than held-out stories",
-            where="prompts.preferences + rlhf + development + evaluation",
-            value=wanted,
-            allowed=f"at most {round(corpus.held_out * corpus.documents)}",
-            hint="lower the counts, or raise corpus.held_out or corpus.documents",
-        )
-    if gold := configured(config):
-        if config.judge.name == "fables" and corpus.kind != "fables":
-            hint = 'name "length", your "module:function" or "none", or stop at --until pretrain'
-            raise UserError("knows fables alone", where="judge.name", value="fables", hint=hint)
-        gold(["Once upon a time"], [" a fox slept."])
 
 
 def _write_results(out: Path) -> str:
@@ -263,7 +236,7 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _fingerprint(stage: Stage, config: Config, out: Path, init: Path | None) -> tuple[dict, str]:
+def fingerprint(stage: Stage, config: Config, place: Place) -> tuple[dict, str]:
     """What a stage is made from, and "done", "started" or "new".
 
     Raises:
@@ -274,11 +247,12 @@ def _fingerprint(stage: Stage, config: Config, out: Path, init: Path | None) -> 
         "inputs": _files_read(stage.name, config),
     }
     for need in stage.needs:
-        path = (init if init and need == "pretrain" else out) / need / "done.json"
-        made_from["inputs"][need] = read_json(path).get("hash", "missing")
+        made_from["inputs"][need] = read_json(place.stage(need) / "done.json").get(
+            "hash", "missing"
+        )
     text = json.dumps(made_from, sort_keys=True)
     made_from["hash"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    folder = out / stage.name
+    folder = place.stage(stage.name)
     done, started = (read_json(folder / name) for name in ("done.json", "started.json"))
     stored, state = (done, "done") if done else (started, "started")
     if stored and stored["hash"] == made_from["hash"]:
@@ -324,7 +298,7 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
 def _check_same_world(config: Config, init: Path) -> None:
     """The pretrained model's corpus, tokenizer and shape must be this config's."""
     names = ("seed", "corpus", "tokenizer", "model")
-    stored = read_json(init / "pretrain" / "done.json")["sections"]
+    stored = read_json(stage_folder(init, "pretrain") / "done.json")["sections"]
     keys = configfile.changed_keys(
         {k: stored[k] for k in names}, configfile.sections(config, names)
     )
@@ -345,9 +319,9 @@ def _set_aside(out: Path, name: str) -> None:
         console.print(f"kept the old {name} as {kept}")
 
 
-def _environment(config: Config, out: Path, init: Path | None) -> dict:
+def _environment(config: Config, place: Place) -> dict:
     """The backend's choice, made once a run, and what the machine is and gives right now."""
-    path = out / "environment.json"
+    path = place.out / "environment.json"
     first = read_json(path).get("choice")
     choice = backend.configure(config.backend, first)
     environment = {
@@ -355,7 +329,8 @@ def _environment(config: Config, out: Path, init: Path | None) -> dict:
         "choice": first or choice._asdict(),
         **choice._asdict(),
         **backend.facts(),
-        "init": str(init) if init else None,
+        "init": str(place.init) if place.init else None,
+        "borrowed": place.borrowed,
         "matmul_gflops": backend.matmul_rate(choice.compute_dtype),
     }
     write_json(path, environment)

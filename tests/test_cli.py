@@ -12,7 +12,8 @@ import pytest
 from minilm import cli
 from minilm.config import Config, ModelConfig
 
-WITH_CONFIG = ["run", "pretrain", "preferences", "reward", "rlhf", "model", "config", "lr-range"]
+TRAINING = ("run", "pretrain", "preferences", "reward", "rlhf")
+WITH_CONFIG = (*TRAINING, "model", "config", "lr-range", "overoptimize")
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 
 

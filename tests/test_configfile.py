@@ -106,8 +106,8 @@ def test_every_key_takes_its_own_default_as_an_option(example: Path, key: config
     words = ["--corpus.kind", key.kind] if key.kind else []
     words += ["--corpus.name", "somebody/something"] if key.kind == "hub" else []
     default = "text" if key.required else key.default
-    values = default if isinstance(default, list) else [str(default).lower()]
-    if values and default != {}:  # a table's keys are options of their own
+    values = [str(v) for v in default] if isinstance(default, list) else [str(default).lower()]
+    if values and not isinstance(default, dict):  # a table's keys are options of their own
         words += [f"--{key.name.replace('_', '-')}", *values]
     found = configfile.sections(configfile.load(example, words), [key.name])
     assert found[key.name] == default or key.name in EXAMPLE_KEYS

@@ -52,12 +52,14 @@ def nothing_runs(monkeypatch):
 
     functions = {
         "minilm.run": ("run",),
-        "minilm.handle": ("generate_command",),
+        "minilm.handle": ("generate_command", "score_command"),
         "minilm.estimate": ("model_command",),
         "minilm.report": ("write",),
         "minilm.audit": ("audit_command",),
         "minilm.diagnose": ("diagnose_command",),
         "minilm.lr_range": ("lr_range_command",),
+        "minilm.studies.overoptimize": ("overoptimize_command",),
+        "minilm.studies.evaluation": ("evaluate_command",),
         "minilm.inspection": ("describe", "render", "diff", "render_diff"),
     }
     for module, names in functions.items():

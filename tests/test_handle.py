@@ -1,12 +1,13 @@
 """`minilm.Run`: what a notebook does with a trained run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import minilm
-from minilm import checkpoint
+from minilm import Run, checkpoint, cli
 from minilm.configfile import load
 from minilm.errors import UserError
 
@@ -98,3 +99,33 @@ def test_the_command_prints_prompt_and_completion(tiny_run, processes):
 def test_each_prompt_is_scored_with_one_completion(run):
     with pytest.raises(UserError, match="2 prompts, 1 completions"):
         run.score(["A fox", "A hen"], [" ran."])
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_score_adds_rewards_to_pairs_completions_and_texts(tiny_run, tmp_path):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    rows = [
+        {"prompt": "Once", "chosen": " a fox.", "rejected": " a hen.", "kept": 1},
+        {"prompt": "Once", "completion": " a fox."},
+        {"text": "Once a fox."},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["score", str(tiny_run), "--file", str(file), "--out", str(out)]) == 0
+    pair, completion, text = rows_of(out)
+    assert pair["reward_chosen"] == completion["reward"]
+    better = "chosen" if pair["reward_chosen"] > pair["reward_rejected"] else "rejected"
+    assert (pair["preferred"], pair["kept"]) == (better, 1)
+    expected = Run(tiny_run).score(["Once", ""], [" a fox.", "Once a fox."])
+    assert [completion["reward"], text["reward"]] == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_score_names_a_row_that_has_nothing_to_score(tiny_run, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"prompt": "a", "chosen": "b"}\n')
+    assert cli.main(["score", str(tiny_run), "--file", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "row 2" in said
+    assert "`chosen` and `rejected`" in said

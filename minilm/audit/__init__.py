@@ -16,11 +16,11 @@ from minilm.audit.checks import LANGUAGE_CHECKS, REWARD_CHECKS, Check, Checks, r
 from minilm.audit.plot import draw
 from minilm.audit.policy import RLHF_CHECKS
 from minilm.audit.records import environment_checks, record_checks
-from minilm.audit.setting import SETTINGS, TRAINED, workspace
+from minilm.audit.setting import SETTINGS, TRAINED
 from minilm.config import Config
 from minilm.errors import UserError
 from minilm.files import read_json, write_atomically, write_json
-from minilm.stages.workspace import Workspace
+from minilm.stages.workspace import Workspace, open_run
 
 CHECKS: dict[str, Checks] = {
     "pretrain": LANGUAGE_CHECKS,
@@ -47,7 +47,7 @@ def audit(run: Path) -> Audit:
     Raises:
       UserError: not a run folder, or none of its stages is finished.
     """
-    ws = workspace(run)
+    ws = open_run(run)
     stages = [s for s in TRAINED if (ws.stage(s) / "done.json").exists()]
     if not stages:
         raise UserError("no stage is finished there", where=run, hint="minilm run CONFIG")

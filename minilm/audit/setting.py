@@ -2,27 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minilm import configfile
 from minilm.algorithms import ALGORITHMS, objective
 from minilm.choices import choose
 from minilm.config import RLHFConfig
-from minilm.files import read_json
 from minilm.model import Transformer
 from minilm.objective import Objective
 from minilm.stages import pretrain, reward, rlhf
-from minilm.stages.evaluate import prompt_rows
 from minilm.stages.preferences import load_pairs
 from minilm.stages.workspace import Workspace
 from minilm.terms import configured
 from minilm.text.corpora import split
-from minilm.text.prompts import prompt_sets
 from minilm.train import make_gradients
 
 TRAINED = ("pretrain", "reward", "rlhf")
@@ -67,20 +62,6 @@ def _outputs(forward, model, batch):
     return forward(model, batch)
 
 
-def workspace(run: Path) -> Workspace:
-    """A run folder as its stages saw it.
-
-    Raises:
-      UserError: not a run folder, or a config that is no longer valid.
-    """
-    config = configfile.load(run / "config.toml")
-    environment = read_json(run / "environment.json")
-    init = Path(environment["init"]) if environment.get("init") else None
-    if init is not None and not (init / "pretrain").is_dir():
-        init = run.parent / init.name  # moved together
-    return Workspace(config, run, init, environment.get("compute_dtype", "float32"))
-
-
 class Language(NamedTuple):
     rows: np.ndarray  # all that was trained on
     held_out: list[str]
@@ -123,27 +104,11 @@ class Policy(NamedTuple):
 
 def of_rlhf(ws: Workspace) -> Setting:
     """The first rollout, sampled anew from the policy that RLHF began with."""
-    config, sizes, tokenizer = ws.config.rlhf, ws.config.prompts, ws.tokenizer
+    config, sizes = ws.config.rlhf, ws.config.prompts
     algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
     reference, reward_model = ws.load("pretrain", scalar_head=False), ws.load("reward")
     start = ws.load("pretrain", scalar_head=algorithm.critic)
-    prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).rlhf
-    normalization = reward.load_normalization(ws.stage("reward"))
-
-    def collect(config: RLHFConfig):
-        return rlhf.make_collect(
-            config,
-            algorithm,
-            reference,
-            reward_model,
-            normalization,
-            prompt_rows(prompts, tokenizer, sizes.max_tokens),
-            key=jax.random.fold_in(jax.random.key(ws.config.seed), 1000 + config.seed),
-            max_new_tokens=sizes.max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-        )
-
+    collect = rlhf.collector(ws, reference, reward_model)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, rlhf.updates(config))
     collected = collect(config)(start, 0)
     forward = rlhf.make_forward(config, sizes.max_new_tokens)

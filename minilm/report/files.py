@@ -5,7 +5,7 @@ from typing import Any
 
 from minilm import configfile, metrics
 from minilm.errors import UserError
-from minilm.files import read_json, read_jsonl
+from minilm.files import read_json, read_jsonl, stage_folder
 
 
 class Figures(dict[str, Any]):
@@ -29,12 +29,9 @@ class RunFolder:
         self._path = path
         self.environment = Figures(read_json(path / "environment.json"))
         self.init: str | None = self.environment["init"]  # what was given as --init
-        # A run that was moved together with the one it starts from still finds it beside itself.
-        places = [Path(self.init), path.parent / Path(self.init).name] if self.init else [path]
-        self._source = next((p for p in places if (p / "pretrain").is_dir()), places[0])
 
     def _file(self, stage: str, file: str) -> Path:
-        return (self._source if stage == "pretrain" else self._path) / stage / file
+        return stage_folder(self._path, stage) / file
 
     def json(self, stage: str, file: str) -> Figures:
         return Figures(read_json(self._file(stage, file)))

@@ -19,9 +19,9 @@ LOUD = 5.0  # nats at which a token's colour is full
 type Number = float | int
 
 
-def render(run: RunFolder) -> str:
-    """The page as HTML: a function of the folder's files alone."""
-    environment = Environment(
+def environment() -> Environment:
+    """Templates that escape what they show, control characters too."""
+    made = Environment(
         loader=PackageLoader("minilm.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
@@ -29,7 +29,12 @@ def render(run: RunFolder) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if isinstance(value, str) else value,
     )
-    environment.filters |= {f.__name__: f for f in (fixed, percent, count, duration, shade)}
+    made.filters |= {f.__name__: f for f in (fixed, percent, count, duration, shade)}
+    return made
+
+
+def render(run: RunFolder) -> str:
+    """The page as HTML: a function of the folder's files alone."""
     corpus, stages = run.config.corpus, ("pretrain", "preferences", "reward", "rlhf")
     records = {stage: run.json(stage, "done.json") for stage in stages}
     evaluations, samples = run.metrics("rlhf", "eval"), run.rows("rlhf", "samples.jsonl")
@@ -39,22 +44,26 @@ def render(run: RunFolder) -> str:
         """A pair that most but not all raters agree on shows what a label is."""
         return abs((pair["votes_chosen"] or 1) / (pair["votes"] or 1) - 0.8)
 
-    return environment.get_template("page.html.j2").render(
-        run=run,
-        size=corpus.size if isinstance(corpus, FablesCorpus) else None,
-        done={stage: Figures(record["summary"] or {}) for stage, record in records.items()},
-        seconds=sum(record["wall_seconds"] or 0.0 for record in records.values()),
-        first=next(iter(run.metrics("pretrain", "eval")), Figures()),
-        text=_text(run),
-        plots=_plots(run),
-        stories=_stories(run),
-        charges=_charges(run.json("pretrain", "loss_map.json")),
-        pair=min(pairs, key=disagreement, default=None),
-        goodhart=goodhart(evaluations),
-        judged=any(r["gold"] is not None for r in evaluations),
-        completions=_completions(samples),
-        samples=samples,
-        loud=LOUD,
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            run=run,
+            size=corpus.size if isinstance(corpus, FablesCorpus) else None,
+            done={stage: Figures(record["summary"] or {}) for stage, record in records.items()},
+            seconds=sum(record["wall_seconds"] or 0.0 for record in records.values()),
+            first=next(iter(run.metrics("pretrain", "eval")), Figures()),
+            text=_text(run),
+            plots=_plots(run),
+            stories=_stories(run),
+            charges=_charges(run.json("pretrain", "loss_map.json")),
+            pair=min(pairs, key=disagreement, default=None),
+            goodhart=goodhart(evaluations),
+            judged=any(r["gold"] is not None for r in evaluations),
+            completions=_completions(samples),
+            samples=samples,
+            loud=LOUD,
+        )
     )
 
 

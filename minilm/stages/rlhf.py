@@ -33,25 +33,12 @@ def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict]) -> dict:
     `evaluate` gives a policy's figures on the development prompts; the run hands it in, so that
     training itself can't see gold.
     """
-    config, sizes, tokenizer = ws.config.rlhf, ws.config.prompts, ws.tokenizer
+    config, sizes = ws.config.rlhf, ws.config.prompts
     algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
-    reference = ws.load("pretrain", scalar_head=False)
-    reward_model = ws.load("reward")
-    prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).rlhf
     optimizer = make_optimizer(config.optimizer, updates(config))
     policy = ws.load("pretrain", scalar_head=algorithm.critic)
-    collect = make_collect(
-        config,
-        algorithm,
-        reference,
-        reward_model,
-        load_normalization(ws.stage("reward")),
-        prompt_rows(prompts, tokenizer, sizes.max_tokens),
-        key=jax.random.fold_in(jax.random.key(ws.config.seed), 1000 + config.seed),
-        max_new_tokens=sizes.max_new_tokens,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-    )
+    reference, reward_model = ws.load("pretrain", scalar_head=False), ws.load("reward")
+    collect = collector(ws, reference, reward_model)(config)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, updates(config))
     step = make_step(config, aim, optimizer, collect, sizes.max_new_tokens)
     rate = schedule(config.optimizer, updates(config), config.optimizer.learning_rate)
@@ -84,6 +71,31 @@ class Collected(NamedTuple):
     scores: Float[Array, "B"]  # normalised, before any KL penalty
     batch: PolicyBatch
     metrics: dict[str, Mean]
+
+
+def collector(
+    ws: Workspace, reference: Transformer, reward_model: Transformer
+) -> Callable[[RLHFConfig], Callable[[Transformer, int], Collected]]:
+    """A config's `collect` (see make_collect) on this run's RLHF prompts."""
+    sizes, tokenizer = ws.config.prompts, ws.tokenizer
+    prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).rlhf
+    normalization = load_normalization(ws.stage("reward"))
+
+    def made(config: RLHFConfig):
+        return make_collect(
+            config,
+            choose(ALGORITHMS, config.algorithm, "rlhf.algorithm"),
+            reference,
+            reward_model,
+            normalization,
+            prompt_rows(prompts, tokenizer, sizes.max_tokens),
+            key=jax.random.fold_in(jax.random.key(ws.config.seed), 1000 + config.seed),
+            max_new_tokens=sizes.max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+
+    return made
 
 
 def make_collect(

@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from minilm import checkpoint
+from minilm import checkpoint, configfile
 from minilm.config import Config, ModelConfig
 from minilm.errors import UserError
-from minilm.files import read_jsonl
+from minilm.files import read_json, read_jsonl, stage_folder
 from minilm.model import Transformer
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import Tokenizer
@@ -23,16 +23,19 @@ class Workspace:
 
     config: Config
     out: Path
-    init: Path | None  # another run folder, whose tokenizer and pretrained model are used
+    init: Path | None  # another run folder, whose tokenizer and `borrowed` stages are used
     compute_dtype: str  # chosen by the backend, stored with the run
+    borrowed: tuple[str, ...] = ("pretrain",)
 
     def stage(self, name: str) -> Path:
-        """The folder of a stage; the pretrained one may be another run's."""
-        return (self.init if self.init and name == "pretrain" else self.out) / name
+        """The folder of a stage, which may be another run's."""
+        if self.init and name in self.borrowed:
+            return stage_folder(self.init, name)
+        return self.out / name
 
     @property
     def tokenizer_file(self) -> Path:
-        return (self.init or self.out) / "tokenizer.json"
+        return stage_folder(self.init or self.out, "tokenizer.json")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -69,6 +72,24 @@ class Workspace:
             problem += f"{meta['step']} of {meta['steps']}"
             raise UserError(problem, where=path, hint=f"--redo {stage}")
         return model
+
+
+def open_run(run: Path) -> Workspace:
+    """A run folder as its stages saw it.
+
+    Raises:
+      UserError: not a run folder, or a config that is no longer valid.
+    """
+    if not (run / "config.toml").is_file():
+        hint = "give the folder that `minilm run CONFIG` made, such as runs/quick"
+        raise UserError("not a run folder: there is no config.toml", where=run, hint=hint)
+    config = configfile.load(run / "config.toml")
+    environment = read_json(run / "environment.json")
+    init = Path(environment["init"]) if environment.get("init") else None
+    if init is not None and not init.is_dir():
+        init = run.parent / init.name  # moved together
+    borrowed = tuple(environment.get("borrowed", ("pretrain",)))
+    return Workspace(config, run, init, environment.get("compute_dtype", "float32"), borrowed)
 
 
 def load_model(

@@ -19,9 +19,10 @@ from minilm import algorithms, rewards
 from minilm import model as models
 from minilm.audit import CHECKS, audit_stage
 from minilm.audit.records import record_checks
-from minilm.audit.setting import SETTINGS, Setting, workspace
+from minilm.audit.setting import SETTINGS, Setting
 from minilm.objective import Objective
 from minilm.stages import pretrain, reward, rlhf
+from minilm.stages.workspace import open_run
 from minilm.text import batches, corpora
 
 
@@ -262,7 +263,7 @@ def catches(name, run, patch) -> None:
     jax.clear_caches()  # else the healthy program would be run
     with patch.context() as inner:
         mutant.inject(inner, run)
-        _, checks = audit_stage(workspace(run), mutant.stage)
+        _, checks = audit_stage(open_run(run), mutant.stage)
     jax.clear_caches()
     failed = [check.name for check in checks if not check.passed]
     assert any(mutant.caught_by in name for name in failed), failed
@@ -284,7 +285,7 @@ def test_its_check_catches_it(name, tiny_run, compiling_once, monkeypatch):
     mutant = MUTANTS[name]
     (check,) = (c for n, c in CHECKS[mutant.stage].items() if n.startswith(mutant.caught_by))
     mutant.inject(monkeypatch, tiny_run)
-    setting = SETTINGS[mutant.stage](workspace(tiny_run))
+    setting = SETTINGS[mutant.stage](open_run(tiny_run))
     assert not check(setting)[0]
 
 
@@ -292,7 +293,7 @@ def test_its_check_catches_it(name, tiny_run, compiling_once, monkeypatch):
 def test_the_audit_catches_it_in_the_files(name, tiny_run, tmp_path):
     mutant = MUTANTS[name]
     run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
-    ws = workspace(run)
+    ws = open_run(run)
     mutant.inject(pytest.MonkeyPatch(), run)
     if mutant.caught_by == "completions differ":
         nothing = Objective(())

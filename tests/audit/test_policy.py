@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from minilm.audit import policy
-from minilm.audit.setting import of_rlhf, workspace
+from minilm.audit.setting import of_rlhf
 from minilm.files import write_jsonl
 from minilm.objective import Objective
+from minilm.stages.workspace import open_run
 
 
 @pytest.fixture(scope="module")
 def setting(tiny_run, compiling_once):
-    return of_rlhf(workspace(tiny_run))
+    return of_rlhf(open_run(tiny_run))
 
 
 def with_batch(setting, **changes):
@@ -76,14 +77,14 @@ def test_a_logged_kl_of_another_sign_is_found(setting):
 
 
 def test_one_completion_for_every_prompt_is_found(setting, tiny_copy):
-    ws = workspace(tiny_copy)
+    ws = open_run(tiny_copy)
     write_jsonl(ws.stage("rlhf") / "samples.jsonl", [{"after": "the same"}] * 16)
     assert not policy.completions_differ(setting._replace(ws=ws))[0]
 
 
 def test_an_evaluation_prompt_that_was_trained_on_is_found(setting, tiny_copy):
     assert policy.evaluation_prompts_are_not_trained_on(setting)[0]
-    ws = workspace(tiny_copy)
+    ws = open_run(tiny_copy)
     row = np.asarray(setting.batch.tokens)[0, : -setting.batch.mask.shape[1]]
     write_jsonl(
         ws.stage("rlhf") / "samples.jsonl", [{"prompt": ws.tokenizer.decode(row), "after": ""}]

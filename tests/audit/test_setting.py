@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 
 from minilm import checkpoint, metrics
-from minilm.audit.setting import SETTINGS, rows_of, workspace
+from minilm.audit.setting import SETTINGS, rows_of
 from minilm.errors import UserError
 from minilm.files import read_jsonl
+from minilm.stages.workspace import open_run
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_run, compiling_once):
-    ws = workspace(tiny_run)
+    ws = open_run(tiny_run)
     return {stage: make(ws) for stage, make in SETTINGS.items()}
 
 
@@ -58,4 +59,4 @@ def test_the_tolerance_is_that_of_the_dtype(settings):
 
 def test_a_folder_without_config_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match=r"config\.toml"):
-        workspace(tmp_path)
+        open_run(tmp_path)

@@ -1,0 +1,207 @@
+"""What optimisation against a proxy does to gold: early stopping, falls, Gao's curves, best-of-n.
+
+Arrays are float64; KL is in nats a completion, rewards in the unit of the judge or of the reference
+model's standard deviation.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Num
+from scipy.special import gammaln
+from scipy.stats import t as student
+
+Values = Float[np.ndarray, " K"]
+
+
+class Curve(NamedTuple):
+    """A policy on its way: one value an evaluation, the first before any update."""
+
+    steps: Num[np.ndarray, " K"]
+    kl: Values
+    proxy: Values
+    gold: Values
+    parse_share: Values | None = None
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def student_interval(values: Sequence[float]) -> Interval:
+    """Mean of a few independent values with Student's 95 % interval.
+
+    Raises:
+      ValueError: fewer than two values.
+
+    >>> student_interval([1.0, 3.0]).mean
+    2.0
+    """
+    x = np.asarray(values, np.float64)
+    if len(x) < 2:
+        raise ValueError(f"an interval needs at least 2 values, got {len(x)}")
+    half = student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
+
+
+def stopped_at(curve: Curve, budget: float) -> int:
+    """Index of the last evaluation before KL first exceeds the budget: early stopping by KL."""
+    beyond = np.flatnonzero(curve.kl > budget)
+    return len(curve.kl) - 1 if not len(beyond) else max(int(beyond[0]) - 1, 0)
+
+
+def budget_grid(curves: Sequence[Curve]) -> Float[np.ndarray, " G"]:
+    """Every KL at which some seed would stop elsewhere, in order."""
+    return np.unique(np.concatenate([np.maximum.accumulate(c.kl) for c in curves]))
+
+
+def best_budget(curves: Sequence[Curve]) -> float:
+    """The KL budget at which the mean gold of these seeds is highest."""
+    grid = budget_grid(curves)
+    gold = [np.mean([c.gold[stopped_at(c, b)] for c in curves]) for b in grid]
+    return float(grid[int(np.argmax(gold))])
+
+
+def falls(curves: Sequence[Curve]) -> list[float]:
+    """How far each seed's gold fell, by its end, from where the *other* seeds say to stop.
+
+    The budget that is best for a seed itself would make noise look like a fall: a maximum of noisy
+    values lies above their last by construction.
+
+    Raises:
+      ValueError: fewer than two seeds.
+    """
+    if len(curves) < 2:
+        raise ValueError(f"a fall is measured with at least 2 seeds, got {len(curves)}")
+    found = []
+    for i, curve in enumerate(curves):
+        budget = best_budget([c for j, c in enumerate(curves) if j != i])
+        found.append(float(curve.gold[stopped_at(curve, budget)] - curve.gold[-1]))
+    return found
+
+
+def rises(curves: Sequence[Curve]) -> list[float]:
+    """How far each seed's proxy rose between the same two points."""
+    found = []
+    for i, curve in enumerate(curves):
+        budget = best_budget([c for j, c in enumerate(curves) if j != i])
+        found.append(float(curve.proxy[-1] - curve.proxy[stopped_at(curve, budget)]))
+    return found
+
+
+class Fit(NamedTuple):
+    """start + d (α − β g(d)) with d = √KL; `r2` is the share of the variance that it explains."""
+
+    alpha: float
+    beta: float
+    start: float
+    r2: float
+    shape: str  # "rl": g = log d; "best_of_n": g = d
+
+
+def gao_fit(kl: Values, reward: Values, start: float, shape: str) -> Fit:
+    """Least squares of Gao's curves; linear in α and β, so exact.
+
+    Reference:
+      Gao, Schulman and Hilton (2022), Scaling Laws for Reward Model Overoptimization,
+      arXiv:2210.10760, eq. 1 (best-of-n) and 2 (RL).
+    """
+    d = np.sqrt(np.maximum(kl, 0.0))
+    used = d > 1e-3
+    d, y = d[used], reward[used] - start
+    columns = np.stack([d, -d * _bend(d, shape)], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(columns, y, rcond=None)
+    residual, spread = y - columns @ [alpha, beta], y - y.mean()
+    r2 = 1 - (residual**2).sum() / max(float((spread**2).sum()), 1e-12)
+    return Fit(float(alpha), float(beta), float(start), float(r2), shape)
+
+
+def gao_value(fit: Fit, kl: Values) -> Values:
+    """The fitted reward at some KL."""
+    d = np.sqrt(np.maximum(kl, 1e-12))
+    return fit.start + d * (fit.alpha - fit.beta * _bend(d, fit.shape))
+
+
+def _bend(d: np.ndarray, shape: str) -> np.ndarray:
+    return {"rl": np.log, "best_of_n": lambda x: x}[shape](d)
+
+
+def fit_seeds(
+    curves: Sequence[Curve], name: str, *, resamples: int = 1000
+) -> dict[str, tuple[float, float, float]]:
+    """The fit of "gold" or "proxy" to all seeds, each figure with its bootstrap interval."""
+
+    def fit(chosen: Sequence[Curve]) -> Fit:
+        kl = np.concatenate([c.kl for c in chosen])
+        values = np.concatenate([getattr(c, name) for c in chosen])
+        return gao_fit(kl, values, float(np.mean([getattr(c, name)[0] for c in chosen])), "rl")
+
+    rng, whole = np.random.default_rng(0), fit(curves)
+    drawn = [
+        fit([curves[i] for i in rng.integers(len(curves), size=len(curves))])
+        for _ in range(resamples)
+    ]
+    out = {}
+    for key in ("alpha", "beta", "start", "r2"):
+        low, high = np.quantile([getattr(f, key) for f in drawn], [0.025, 0.975])
+        out[key] = (getattr(whole, key), float(low), float(high))
+    return out
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL(best of n ‖ reference) at most, in nats: log n − (n − 1) / n.
+
+    Exact where no two completions score alike; Beirami et al. (2024), arXiv:2401.01879, show that
+    it is an upper bound otherwise.
+
+    >>> best_of_n_kl(1)
+    0.0
+    """
+    return float(np.log(n) - (n - 1) / n)
+
+
+def best_of_n(
+    proxy: Float[np.ndarray, "P N"], values: Float[np.ndarray, "P N"], n: int
+) -> Float[np.ndarray, " P"]:
+    """Expected value of the completion of highest proxy among n, without bias, a prompt.
+
+    All N samples are used: the i-th lowest proxy wins in C(i−1, n−1) of the C(N, n) subsets.
+
+    Raises:
+      ValueError: n outside 1 … N.
+    Reference:
+      Nakano et al. (2021), WebGPT, arXiv:2112.09332, appendix I.
+
+    >>> best_of_n(np.array([[0.0, 1.0]]), np.array([[5.0, 7.0]]), 1).tolist()
+    [6.0]
+    """
+    count = proxy.shape[1]
+    if not 1 <= n <= count:
+        raise ValueError(f"n must lie between 1 and the {count} samples, got {n}")
+    ranks = np.arange(1, count + 1, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        log_weights = _log_choose(ranks - 1, n - 1) - _log_choose(count, n)
+    weights = np.where(ranks >= n, np.exp(log_weights), 0.0)
+    ordered = np.take_along_axis(values, np.argsort(proxy, axis=1, kind="stable"), axis=1)
+    return ordered.astype(np.float64) @ weights
+
+
+def _log_choose(a: Any, b: int) -> Any:
+    return gammaln(a + 1) - gammaln(b + 1) - gammaln(np.maximum(a - b, 0) + 1)
+
+
+def doublings(limit: int) -> Int[np.ndarray, " L"]:
+    """1, 2, 4 … up to the limit.
+
+    >>> doublings(5).tolist()
+    [1, 2, 4]
+    """
+    return 2 ** np.arange(int(np.log2(limit)) + 1)
