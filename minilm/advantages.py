@@ -96,6 +96,62 @@ def group_z_score(scores: Float[Array, " B"], *, group: int) -> Float32[Array, "
     return (centred / (jnp.std(groups, axis=1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
 
 
+def group_mean(scores: Float[Array, " B"], *, group: int) -> Float32[Array, " B"]:
+    """Dr. GRPO: each score minus its group's mean, without division by the standard deviation.
+
+    A_i = s_i − mean(s). The mean holds s_i itself, so the gradient is (G − 1)/G of the unbiased
+    one: a smaller step in the right direction.
+
+    Args:
+      group: G, completions of a prompt; ValueError unless at least 2 and a divisor of B.
+    Returns:
+      One advantage per completion, in the unit of the scores.
+    Reference:
+      Liu et al. (2025), Understanding R1-Zero-Like Training, arXiv:2503.20783, section 3.2.
+
+    >>> group_mean(jnp.array([1.0, 3.0, 5.0, 5.0]), group=2).tolist()
+    [-1.0, 1.0, 0.0, 0.0]
+    """
+    groups = _grouped(scores, group)
+    return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(-1)
+
+
+def best_of_group(scores: Float[Array, " B"], *, group: int) -> Float32[Array, " B"]:
+    """Expert iteration: 1 for the highest score of each group, the first of equals, else 0.
+
+    Args:
+      group: G, completions of a prompt; ValueError unless at least 2 and a divisor of B.
+    Returns:
+      Which completions are learned from.
+    Reference:
+      Anthony et al. (2017), arXiv:1705.08439; for language models Havrilla et al. (2024),
+      arXiv:2403.04642, section 3.
+
+    >>> best_of_group(jnp.array([1.0, 3.0, 5.0, 5.0]), group=2).tolist()
+    [0.0, 1.0, 1.0, 0.0]
+    """
+    groups = _grouped(scores, group)
+    best = jnp.argmax(groups, axis=1)[:, None]
+    chosen = jnp.arange(group)[None, :] == best
+    return chosen.astype(jnp.float32).reshape(-1)
+
+
+def to_go(rewards: Float[Array, "B R"], *, gamma: float = 1.0) -> Float32[Array, "B R"]:
+    """What is still to come from each token on: Σ_k γ^k r_{t+k}.
+
+    >>> to_go(jnp.array([[1.0, 2.0, 4.0]]), gamma=0.5).tolist()
+    [[3.0, 4.0, 4.0]]
+    """
+
+    def backward(later: Float32[Array, " B"], reward: Float32[Array, " B"]):
+        total = reward + gamma * later
+        return total, total
+
+    rewards = rewards.astype(jnp.float32)
+    _, totals = jax.lax.scan(backward, jnp.zeros_like(rewards[:, 0]), rewards.T, reverse=True)
+    return totals.T
+
+
 def whiten(values: Float[Array, "*batch"], mask: Bool[Array, "*batch"]) -> Float32[Array, "*batch"]:
     """Mean 0 and variance 1 over the real elements of the whole batch, as PPO takes advantages.
 

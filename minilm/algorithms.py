@@ -6,7 +6,15 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minilm.advantages import generalized_advantages, group_z_score, leave_one_out, whiten
+from minilm.advantages import (
+    best_of_group,
+    generalized_advantages,
+    group_mean,
+    group_z_score,
+    leave_one_out,
+    to_go,
+    whiten,
+)
 from minilm.config import RLHFConfig
 from minilm.losses.policy import (
     approx_kl,
@@ -30,7 +38,9 @@ class Algorithm(NamedTuple):
     terms: dict[str, float | str]  # trained ones and their weights, or the config key of one
     kl_in_reward: Literal["k1", "k2", "k3"] | None  # the estimator in each token's reward
     critic: bool  # whether the policy carries a value head, trained by the term `value`
-    over: Literal["token", "sequence"]  # which of them all weigh the same
+    # What weighs the same: every token, every sequence, every token as a share of the longest
+    # possible sequence ("slot"), or every token that has an advantage at all ("chosen").
+    over: Literal["token", "sequence", "slot", "chosen"]
 
 
 class PolicyBatch(NamedTuple):
@@ -79,12 +89,38 @@ def _generalized(rewards, rollout, config):
     return whiten(advantages, rollout.mask), returns
 
 
+def _of_batch(rewards, rollout, config):
+    """REINFORCE: a completion's reward less the mean of all others of the batch."""
+    del config
+    scores = jnp.sum(rewards, axis=1)
+    return jnp.where(rollout.mask, leave_one_out(scores, group=len(scores))[:, None], 0.0), None
+
+
+def _whitened_to_go(rewards, rollout, config):
+    """REINFORCE++: what each token is still paid, normalised over the whole batch."""
+    return whiten(to_go(rewards, gamma=config.gamma), rollout.mask), None
+
+
 _grpo = _of_group(group_z_score)
+_clipped = {"clipped_surrogate": 1.0, "kl": "kl_coef"}
 ALGORITHMS: dict[str, Algorithm] = {
     # Ahmadian et al. (2024), arXiv:2402.14740.
     "rloo": Algorithm(_of_group(leave_one_out), {"policy_gradient": 1.0}, "k1", False, "token"),
     # Shao et al. (2024), arXiv:2402.03300.
-    "grpo": Algorithm(_grpo, {"clipped_surrogate": 1.0, "kl": "kl_coef"}, None, False, "sequence"),
+    "grpo": Algorithm(_grpo, _clipped, None, False, "sequence"),
+    # Liu et al. (2025), arXiv:2503.20783: neither the spread nor the length divides.
+    "dr_grpo": Algorithm(_of_group(group_mean), _clipped, None, False, "slot"),
+    # Yu et al. (2025), arXiv:2503.14476: tokens weigh the same, rare ones may gain more, no KL;
+    # a group of equal scores has advantage 0 and does not count.
+    "dapo": Algorithm(_grpo, {"clip_higher": 1.0}, None, False, "chosen"),
+    # Williams (1992), with the batch's mean as baseline.
+    "reinforce": Algorithm(_of_batch, {"policy_gradient": 1.0}, "k1", False, "token"),
+    # Hu et al. (2025), arXiv:2501.03262.
+    "reinforce++": Algorithm(_whitened_to_go, {"clipped_surrogate": 1.0}, "k1", False, "token"),
+    # Anthony et al. (2017), arXiv:1705.08439: cross-entropy on the best of each group.
+    "expert_iteration": Algorithm(
+        _of_group(best_of_group), {"imitation": 1.0}, "k1", False, "chosen"
+    ),
     # Schulman et al. (2017), arXiv:1707.06347; Ziegler et al. (2019), arXiv:1909.08593.
     "ppo": Algorithm(
         _generalized, {"clipped_surrogate": 1.0, "value": "value_coef"}, "k1", True, "token"
@@ -111,16 +147,33 @@ def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
         mask = batch.mask.astype(jnp.float32)
         return mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
 
-    over = {"token": over_tokens, "sequence": over_sequences}[algorithm.over]
+    def over_slots(batch: PolicyBatch):
+        return jnp.ones(batch.mask.shape, jnp.float32)  # a loss on padding is 0
+
+    def over_chosen(batch: PolicyBatch):
+        return (batch.mask & (batch.advantages != 0)).astype(jnp.float32)
+
+    over = {
+        "token": over_tokens,
+        "sequence": over_sequences,
+        "slot": over_slots,
+        "chosen": over_chosen,
+    }[algorithm.over]
     clip, clip_value = config.clip, config.value_clip
 
-    def surrogate(o: Outputs, b: PolicyBatch):
-        return clipped_surrogate(o.logprobs, b.old_logprobs, b.advantages, clip=clip)
+    def surrogate(o: Outputs, b: PolicyBatch, high: float | None = None):
+        options = {"clip": clip, "clip_high": high}
+        return clipped_surrogate(o.logprobs, b.old_logprobs, b.advantages, **options)
+
+    def kl(o: Outputs, b: PolicyBatch):
+        return jnp.where(b.mask, kl_estimate(o.logprobs, b.ref_logprobs, estimator="k3"), 0.0)
 
     values = {
         "policy_gradient": lambda o, b: policy_gradient(o.logprobs, b.old_logprobs, b.advantages),
         "clipped_surrogate": surrogate,
-        "kl": lambda o, b: kl_estimate(o.logprobs, b.ref_logprobs, estimator="k3"),
+        "clip_higher": lambda o, b: surrogate(o, b, config.clip_high),
+        "imitation": lambda o, b: -o.logprobs * b.advantages,
+        "kl": kl,
         "value": lambda o, b: clipped_value_loss(
             o.values, b.old_values, b.returns, clip=clip_value
         ),

@@ -185,6 +185,19 @@ def _score(name: str, words: list[str]) -> None:
     score_command(args.PATH, args.file, args.out)
 
 
+def _oracle(name: str, words: list[str]) -> None:
+    parser = _Parser(prog=f"minilm {name}", description=COMMANDS[name].help, allow_abbrev=False)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/oracle"), help="folder (default: runs/oracle)")
+    add("--algorithms", nargs="+", metavar="NAME", help="rows of ALGORITHMS (default: all)")
+    add("--steps", type=_number(int, 1), default=300, metavar="N", help="default: 300")
+    args = parser.parse_args(words)
+    from minilm.algorithms import ALGORITHMS
+    from minilm.studies.oracle import oracle_command
+
+    oracle_command(args.out, args.algorithms or list(ALGORITHMS), args.steps)
+
+
 COMMANDS = {
     "run": Command(_run, "all stages in order; skips what is done, resumes what was interrupted"),
     "pretrain": Command(_run, "tokenizer and next-token training on the corpus"),
@@ -201,6 +214,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate, "report card of the reward model; win rates between policies"),
     "score": Command(_score, "rewards of a file of pairs, completions or texts"),
     "overoptimize": Command(_overoptimize, "gold and proxy under more and more optimisation"),
+    "oracle": Command(_oracle, "RL algorithms beside the exact optimum of a tiny language"),
     "lr-range": Command(_lr_range, "learning-rate range test: a suggestion and a plot"),
 }
 

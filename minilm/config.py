@@ -207,6 +207,7 @@ class RLHFConfig(LoopConfig):
     minibatches: Positive = 1
     kl_coef: NonNegative = 0.04
     clip: Rate = 0.2
+    clip_high: Rate = 0.28  # how far "dapo" lets a token become likelier
     value_clip: Rate = 0.2
     value_coef: NonNegative = 0.1
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0

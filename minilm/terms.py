@@ -156,5 +156,7 @@ LOSS_OF = {
     "hinge": "pairwise_hinge",
     "reference_kl": "kl_estimate",
     "kl": "kl_estimate",
+    "clip_higher": "clipped_surrogate",
+    "imitation": "next_token_cross_entropy",
     "value": "clipped_value_loss",
 }

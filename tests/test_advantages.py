@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm.advantages import generalized_advantages, group_z_score, leave_one_out, whiten
+from minilm.advantages import (
+    best_of_group,
+    generalized_advantages,
+    group_mean,
+    group_z_score,
+    leave_one_out,
+    to_go,
+    whiten,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 discounts = st.sampled_from([(1.0, 0.95), (0.9, 0.5), (0.0, 1.0)])
@@ -121,7 +129,7 @@ def test_another_prompt_s_scores_do_not_matter(estimator):
     np.testing.assert_array_equal(before[:3], after[:3])
 
 
-@pytest.mark.parametrize("estimator", [leave_one_out, group_z_score])
+@pytest.mark.parametrize("estimator", [leave_one_out, group_z_score, group_mean, best_of_group])
 @pytest.mark.parametrize("group", [0, 1, 4])
 def test_an_impossible_group_is_refused(estimator, group):
     with pytest.raises(ValueError, match="group must be at least 2 and divide the batch of 6"):
@@ -155,3 +163,27 @@ def test_bfloat16_scores_give_float32_advantages():
     assert whiten(scores, scores > 0).dtype == jnp.float32
     table = scores.reshape(2, 2)
     assert all(x.dtype == jnp.float32 for x in generalized_advantages(table, table, table > 0))
+
+
+@given(seeds, st.sampled_from([2, 3]))
+def test_a_groups_mean_shrinks_the_leave_one_out_advantage(seed, group):
+    scores = _f32(np.random.default_rng(seed).standard_normal(6))
+    shrunk = np.asarray(leave_one_out(scores, group=group)) * (group - 1) / group
+    np.testing.assert_allclose(group_mean(scores, group=group), shrunk, atol=1e-6)
+
+
+@given(seeds)
+def test_one_of_each_group_is_its_best(seed):
+    scores = np.random.default_rng(seed).standard_normal(12)
+    found = np.asarray(best_of_group(_f32(scores), group=4)).reshape(3, 4)
+    np.testing.assert_array_equal(found.argmax(1), scores.reshape(3, 4).argmax(1))
+    np.testing.assert_array_equal(found.sum(1), 1)
+
+
+@given(seeds, st.sampled_from([1.0, 0.9, 0.0]))
+def test_what_is_to_come_against_the_sum(seed, gamma):
+    rewards = np.random.default_rng(seed).standard_normal((2, 5))
+    expected = [
+        [sum(gamma ** (k - t) * row[k] for k in range(t, 5)) for t in range(5)] for row in rewards
+    ]
+    np.testing.assert_allclose(to_go(_f32(rewards), gamma=gamma), expected, atol=1e-5)

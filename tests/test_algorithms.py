@@ -123,6 +123,53 @@ def test_losses_by_hand():
     assert loss_of(ALGORITHMS["ppo"], outputs, batch) == pytest.approx(expected, rel=1e-5)
 
 
+def test_dr_grpo_divides_neither_by_the_spread_nor_by_the_length():
+    """All slots of the batch, padding too, are the denominator: two rows of three."""
+    rollout = rollout_of(LOGPROBS, REFERENCE, MASK)
+    batch = price(ALGORITHMS["dr_grpo"], rollout, SCORE, CONFIG)
+    np.testing.assert_allclose(batch.advantages, [[1.5] * 3, [-1.5, 0, 0]])
+    outputs = Outputs(jnp.asarray(LOGPROBS), jnp.ones((2, 3)), None)
+    log_r = np.array([-0.5, 1.0, 0.0, -2.0])
+    kl = 0.5 * (np.exp(log_r) - 1 - log_r).sum()
+    expected = (-(3 * 1.5 - 1.5) + kl) / 6
+    assert loss_of(ALGORITHMS["dr_grpo"], outputs, batch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dapo_lets_rare_tokens_gain_more_and_leaves_out_groups_of_equal_scores():
+    rollout = rollout_of(2 * LOGPROBS, 2 * REFERENCE, 2 * MASK)
+    batch = price(ALGORITHMS["dapo"], rollout, jnp.array([2.0, -1.0, 1.0, 1.0]), CONFIG)
+    gain = np.log(1.5)
+    outputs = Outputs(jnp.asarray(2 * LOGPROBS) + gain, jnp.ones((4, 3)), None)
+    z = 1.5 / (3 / np.sqrt(2) + 1e-4)
+    expected = (-3 * 1.28 * z + 1.5 * z) / 4  # three tokens gain up to the clip; one pays in full
+    assert loss_of(ALGORITHMS["dapo"], outputs, batch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_reinforces_baseline_is_the_rest_of_the_batch():
+    rollout = rollout_of(2 * LOGPROBS, 2 * LOGPROBS, 2 * MASK)  # no KL
+    batch = price(ALGORITHMS["reinforce"], rollout, jnp.array([1.0, 2.0, 3.0, 6.0]), CONFIG)
+    np.testing.assert_allclose(
+        batch.advantages[:, 0], [1 - 11 / 3, 2 - 10 / 3, 3 - 3.0, 6 - 2.0], atol=1e-5
+    )
+
+
+def test_reinforce_plus_plus_pays_a_token_for_what_comes_after_it():
+    """KL of earlier tokens is not its doing; normalised over the real tokens of the batch."""
+    batch = price(ALGORITHMS["reinforce++"], rollout_of(LOGPROBS, REFERENCE, MASK), SCORE, CONFIG)
+    raw = np.array([2.25, 2.5, 2.0, -2.0])
+    white = (raw - raw.mean()) / raw.std()
+    np.testing.assert_allclose(batch.advantages, [white[:3], [white[3], 0, 0]], atol=1e-4)
+
+
+def test_expert_iteration_learns_the_best_of_each_group_by_heart():
+    batch = price(
+        ALGORITHMS["expert_iteration"], rollout_of(LOGPROBS, REFERENCE, MASK), SCORE, CONFIG
+    )
+    outputs = Outputs(jnp.asarray(LOGPROBS), jnp.ones((2, 3)), None)
+    found = loss_of(ALGORITHMS["expert_iteration"], outputs, batch)
+    assert found == pytest.approx(3.5 / 3, rel=1e-5)  # the mean surprise of the first's tokens
+
+
 def test_diagnostics_are_watched_and_at_the_first_update_say_that_nothing_moved():
     rollout = rollout_of(LOGPROBS, REFERENCE, MASK, np.zeros((2, 3)))
     for algorithm in ALGORITHMS.values():
@@ -178,7 +225,11 @@ def test_an_update_raises_what_was_rewarded_and_lowers_what_was_not(name):
     )  # fmt: skip
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
-    assert (np.sign(change) == np.sign(score)).all()
+    better, worse = np.asarray(change)[::2], np.asarray(change)[1::2]
+    assert (better > 0).all()
+    assert (better > worse).all()
+    if name != "expert_iteration":  # which has no example of what not to do
+        assert (worse < 0).all()
 
 
 def every_completion(length: int) -> list[list[int]]:

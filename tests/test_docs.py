@@ -60,6 +60,7 @@ def nothing_runs(monkeypatch):
         "minilm.lr_range": ("lr_range_command",),
         "minilm.studies.overoptimize": ("overoptimize_command",),
         "minilm.studies.evaluation": ("evaluate_command",),
+        "minilm.studies.oracle": ("oracle_command",),
         "minilm.inspection": ("describe", "render", "diff", "render_diff"),
     }
     for module, names in functions.items():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minilm.algorithms import ALGORITHMS
 from minilm.audit.checks import Checks, accumulation_is_the_whole_batch, close
 from minilm.audit.setting import Setting
 from minilm.config import OptimizerConfig
@@ -32,20 +33,28 @@ def the_loss_is_its_formula(setting: Setting) -> tuple[bool, str]:
     log_ratio, advantages = (
         np.asarray(x, np.float64) for x in (outputs.logprobs - batch.old_logprobs, batch.advantages)
     )
-    ratio = np.exp(np.minimum(log_ratio, 20.0))
-    plain, clipped = -ratio * advantages, np.clip(ratio, 1 - config.clip, 1 + config.clip)
-    surrogate = np.maximum(plain, -clipped * advantages)
-    losses = {"loss/policy_gradient": plain, "loss/clipped_surrogate": surrogate}
-    weights = {
-        "rloo": mask / mask.sum(),
-        "ppo": mask / mask.sum(),
-        "grpo": mask / mask.sum(1, keepdims=True) / len(mask),
+    ratio, row = np.exp(np.minimum(log_ratio, 20.0)), ALGORITHMS[config.algorithm]
+    plain = -ratio * advantages
+
+    def surrogate(high: float):
+        return np.maximum(plain, -np.clip(ratio, 1 - config.clip, 1 + high) * advantages)
+
+    losses = {
+        "policy_gradient": plain,
+        "clipped_surrogate": surrogate(config.clip),
+        "clip_higher": surrogate(config.clip_high),
+        "imitation": -np.asarray(outputs.logprobs, np.float64) * advantages,
     }
-    term = setting.objective.terms[0].name
-    name = next((n for n in losses if n.endswith(term)), None)
-    if config.algorithm not in weights or name is None:
-        return True, f"no formula is kept here for {config.algorithm} with {term}"
-    expected = (losses[name] * weights[config.algorithm]).sum()
+    chosen = mask & (advantages != 0)
+    weights = {
+        "token": mask / mask.sum(),
+        "sequence": mask / mask.sum(1, keepdims=True) / len(mask),
+        "slot": mask / mask.size,
+        "chosen": chosen / max(chosen.sum(), 1),
+    }
+    name = next(iter(row.terms))
+    term = f"loss/{name}"
+    expected = (losses[name] * weights[row.over]).sum()
     totals, counts = setting.objective.totals(outputs, batch), setting.objective.counts(batch)
     return close(totals[term] / counts[term], expected, 1e-4)
 

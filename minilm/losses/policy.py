@@ -23,11 +23,16 @@ MAX_LOG_RATIO = 20.0
 
 
 def clipped_surrogate(
-    logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, *, clip: float = 0.2
+    logprobs: PerToken,
+    old_logprobs: PerToken,
+    advantages: PerToken,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
 ) -> Loss:
     """PPO: pays for likelier tokens of positive advantage, but no further than the clip.
 
-    L = −min(r A, clip(r, 1 − ε, 1 + ε) A);  r = exp(logprobs − old_logprobs)
+    L = −min(r A, clip(r, 1 − ε, 1 + ε') A);  r = exp(logprobs − old_logprobs)
 
     A token that has already moved past the clip in the direction of its advantage has no gradient.
 
@@ -39,19 +44,23 @@ def clipped_surrogate(
     Args:
       logprobs, old_logprobs, advantages: per sampled token.
       clip: ε, above 0.
+      clip_high: ε', how far a token may become likelier; None: ε. A larger one lets rare tokens
+        gain, whose probability a ratio of 1 + ε hardly moves.
     Returns:
       Loss per token, in the unit of the advantages.
     Raises:
       UserError: shapes differ.
     Reference:
-      Schulman et al. (2017), Proximal Policy Optimization Algorithms, arXiv:1707.06347, eq. 7.
+      Schulman et al. (2017), Proximal Policy Optimization Algorithms, arXiv:1707.06347, eq. 7;
+      ε' in Yu et al. (2025), DAPO, arXiv:2503.14476, section 3.1.
 
     >>> logprobs = jnp.array([1.0, 0.0])
     >>> print(clipped_surrogate(logprobs, jnp.zeros(2), jnp.ones(2), clip=0.5))
     [-1.5 -1. ]
     """
     ratio, gain = _ratio(logprobs, old_logprobs), _constant(advantages, "advantages", logprobs)
-    return -jnp.minimum(ratio * gain, jnp.clip(ratio, 1 - clip, 1 + clip) * gain)
+    high = clip if clip_high is None else clip_high
+    return -jnp.minimum(ratio * gain, jnp.clip(ratio, 1 - clip, 1 + high) * gain)
 
 
 def policy_gradient(logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> Loss:

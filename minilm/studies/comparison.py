@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from minilm.config import Config
 from minilm.studies import plots
-from minilm.studies.curves import Curve, Interval
+from minilm.studies.curves import Curve, Interval, column
 
 RESAMPLES = 2000
 
@@ -92,7 +92,7 @@ def frontier(curves: Mapping[str, Sequence[Curve]]) -> bytes:
             for n, curve in enumerate(seeds):
                 label = arm if n == 0 else None
                 colour = colours[number % len(colours)]
-                values = getattr(curve, name)
+                values = column(curve, name)
                 ax.plot(curve.kl, values, "o-", ms=3, color=colour, alpha=0.8, label=label)
         ax.set(xlabel="KL to the reference, nats a completion", ylabel=name)
         ax.legend()

@@ -52,6 +52,17 @@ def student_interval(values: Sequence[float]) -> Interval:
     return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
 
+def until_best_proxy(curve: Curve) -> Curve:
+    """The way to the highest proxy, where those would stop who see nothing else."""
+    stop = int(np.argmax(curve.proxy)) + 1
+    return Curve(*(None if x is None else x[:stop] for x in curve))  # pyright: ignore
+
+
+def column(curve: Curve, name: str) -> Values:
+    """`gold` or `proxy` of a curve."""
+    return {"gold": curve.gold, "proxy": curve.proxy}[name]
+
+
 def stopped_at(curve: Curve, budget: float) -> int:
     """Index of the last evaluation before KL first exceeds the budget: early stopping by KL."""
     beyond = np.flatnonzero(curve.kl > budget)
@@ -71,7 +82,7 @@ def best_budget(curves: Sequence[Curve]) -> float:
 
 
 def falls(curves: Sequence[Curve]) -> list[float]:
-    """How far each seed's gold fell, by its end, from where the *other* seeds say to stop.
+    """How far each seed's gold fell, by its last value, from where the *other* seeds say to stop.
 
     The budget that is best for a seed itself would make noise look like a fall: a maximum of noisy
     values lies above their last by construction.
@@ -141,8 +152,8 @@ def fit_seeds(
 
     def fit(chosen: Sequence[Curve]) -> Fit:
         kl = np.concatenate([c.kl for c in chosen])
-        values = np.concatenate([getattr(c, name) for c in chosen])
-        return gao_fit(kl, values, float(np.mean([getattr(c, name)[0] for c in chosen])), "rl")
+        values = np.concatenate([column(c, name) for c in chosen])
+        return gao_fit(kl, values, float(np.mean([column(c, name)[0] for c in chosen])), "rl")
 
     rng, whole = np.random.default_rng(0), fit(curves)
     drawn = [
@@ -150,9 +161,10 @@ def fit_seeds(
         for _ in range(resamples)
     ]
     out = {}
-    for key in ("alpha", "beta", "start", "r2"):
-        low, high = np.quantile([getattr(f, key) for f in drawn], [0.025, 0.975])
-        out[key] = (getattr(whole, key), float(low), float(high))
+    for number, key in enumerate(("alpha", "beta", "start", "r2")):
+        values = np.array([f[:4] for f in (whole, *drawn)], np.float64)[:, number]
+        low, high = np.quantile(values[1:], [0.025, 0.975])
+        out[key] = (float(values[0]), float(low), float(high))
     return out
 
 

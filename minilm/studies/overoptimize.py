@@ -31,6 +31,7 @@ from minilm.studies.curves import (
     rises,
     stopped_at,
     student_interval,
+    until_best_proxy,
 )
 
 console = Console(soft_wrap=True)
@@ -140,7 +141,11 @@ def read(out: Path, arms: dict[str, Config]) -> dict[str, Any]:
 def summary(
     curves: Sequence[Curve], sampled: dict[str, Any], budgets: Sequence[float]
 ) -> dict[str, Any]:
-    """One arm's figures; `sampled` holds proxy and gold [prompts][samples] of the reference."""
+    """One arm's figures; `sampled` holds proxy and gold [prompts][samples] of the reference.
+
+    Every seed is followed to its highest proxy: who sees nothing else would stop there.
+    """
+    whole, curves = curves, [until_best_proxy(c) for c in curves]
     fall, rise = student_interval(falls(curves)), student_interval(rises(curves))
     stop = best_budget(curves)
     rows = []
@@ -158,8 +163,7 @@ def summary(
     peak = float(np.mean([c.gold[stopped_at(c, stop)] for c in curves]))
     for row in rows:
         row["regret"] = peak - row["gold"]
-    chosen = [int(np.argmax(c.proxy)) for c in curves]
-    by_proxy = float(np.mean([c.gold[i] for c, i in zip(curves, chosen, strict=True)]))
+    at_the_end = [float(c.gold[-1]) for c in whole]
     proxy, gold = (np.array(sampled[name], np.float64) for name in ("proxy", "gold"))
     counts = doublings(proxy.shape[1])
     best = {
@@ -175,7 +179,7 @@ def summary(
         for name in ("gold", "proxy")
     }
     return {
-        "seeds": [{k: v.tolist() for k, v in c._asdict().items() if v is not None} for c in curves],
+        "seeds": [{k: v.tolist() for k, v in c._asdict().items() if v is not None} for c in whole],
         "fall": fall._asdict(),
         "falls": falls(curves),
         "proxy_rise": rise._asdict(),
@@ -183,7 +187,7 @@ def summary(
         "best_kl_budget": stop,
         "gold_at_best_budget": peak,
         "early_stopping": rows,
-        "gold_at_highest_proxy": by_proxy,
+        "gold_at_the_last_step": float(np.mean(at_the_end)),
         "fits": {name: fit_seeds(curves, name) for name in ("gold", "proxy")},
         "best_of_n": best,
         "best_of_n_fits": fitted,
@@ -197,8 +201,8 @@ def sentence(name: str, arm: dict[str, Any]) -> str:
     seeds, last = len(arm["seeds"]), arm["early_stopping"][-1]
     if arm["turns"]:
         text = f"gold fell by {told} over {seeds} seeds from where it was best (a KL budget of "
-        text += f"{arm['best_kl_budget']:.1f} nats) to KL {last['kl']:.1f}, while proxy "
-        text += f"{'rose' if rise['mean'] > 0 else 'fell'} by {abs(rise['mean']):.2f}"
+        text += f"{arm['best_kl_budget']:.1f} nats) to where proxy was highest, at KL "
+        text += f"{last['kl']:.1f}; proxy rose by {rise['mean']:.2f} on the way"
     else:
         text = f"no fall of gold can be told from noise: {told} over {seeds} seeds, up to "
         text += f"KL {last['kl']:.1f}"
@@ -210,25 +214,24 @@ def sentence(name: str, arm: dict[str, Any]) -> str:
 def render(study: dict[str, Any]) -> list[Any]:
     """Tables and sentences for a terminal."""
     right = {"justify": "right"}
-    arms = Table(title="over-optimisation", title_justify="left")
-    for column in ("arm", "reward model", "fall of gold", "rise of proxy", "best KL", "gold there"):
-        arms.add_column(column)
-    for name in ("at the end", "by highest proxy", "best-of-n"):
-        arms.add_column(name, **right)  # pyright: ignore
-    for name, arm in study.items():
-        fall, rise, bayes = arm["fall"], arm["proxy_rise"], arm["bayes_accuracy"]
-        known = f"{arm['accuracy']:.3f}" + (f" of {bayes:.3f}" if bayes else "")
-        arms.add_row(
-            name,
-            known,
-            f"{fall['mean']:.2f} [{fall['low']:.2f}, {fall['high']:.2f}]",
-            f"{rise['mean']:.2f} [{rise['low']:.2f}, {rise['high']:.2f}]",
-            f"{arm['best_kl_budget']:.1f}",
-            f"{arm['gold_at_best_budget']:.2f}",
-            f"{arm['early_stopping'][-1]['gold']:.2f}",
-            f"{arm['gold_at_highest_proxy']:.2f}",
-            f"{arm['best_of_n']['gold'][-1]:.2f}",
-        )
+    arms = Table("", *study, title="over-optimisation", title_justify="left")
+
+    def told(arm: dict[str, Any], name: str) -> str:
+        return f"{arm[name]['mean']:.2f} [{arm[name]['low']:.2f}, {arm[name]['high']:.2f}]"
+
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "accuracy of the reward model": lambda a: f"{a['accuracy']:.3f}",
+        "its ceiling": lambda a: f"{a['bayes_accuracy']:.3f}" if a["bayes_accuracy"] else "–",
+        "fall of gold": lambda a: told(a, "fall"),
+        "rise of proxy meanwhile": lambda a: told(a, "proxy_rise"),
+        "best KL budget, nats": lambda a: f"{a['best_kl_budget']:.1f}",
+        "gold there": lambda a: f"{a['gold_at_best_budget']:.2f}",
+        "gold at the highest proxy": lambda a: f"{a['early_stopping'][-1]['gold']:.2f}",
+        "gold at the last step": lambda a: f"{a['gold_at_the_last_step']:.2f}",
+        "gold of best-of-n, largest n": lambda a: f"{a['best_of_n']['gold'][-1]:.2f}",
+    }
+    for name, cell in rows.items():
+        arms.add_row(name, *(cell(arm) for arm in study.values()))
     shown: list[Any] = [arms]
     for name, arm in study.items():
         table = Table(
@@ -252,7 +255,9 @@ def render(study: dict[str, Any]) -> list[Any]:
 def draw(out: Path, arms: dict[str, Config], study: dict[str, Any]) -> bytes:
     """The study as a PNG."""
     curves = {
-        name: [curve_of(out / name / f"seed_{s}") for s in range(config.study.seeds)]
+        name: [
+            until_best_proxy(curve_of(out / name / f"seed_{s}")) for s in range(config.study.seeds)
+        ]
         for name, config in arms.items()
     }
     fits = {

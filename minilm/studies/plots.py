@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minilm.studies.curves import Curve, Fit, gao_value
+from minilm.studies.curves import Curve, Fit, column, gao_value
 
 GOLD, PROXY, PARSE, OTHER = "#009e73", "#d55e00", "#777777", "#0072b2"
 STYLE: Any = {
@@ -41,22 +41,27 @@ def over_optimization(
     best_of: Mapping[str, Mapping[str, Any]],
     titles: Mapping[str, str],
 ) -> bytes:
-    """A panel an arm: each seed's gold and proxy, their fits, best-of-n; the parse share below."""
+    """A panel an arm: each seed's gold and proxy, their fits, best-of-n; the parse share below.
+
+    A cross marks where a seed's proxy was highest.
+    """
     columns = min(len(arms), 3)
     rows = -(-len(arms) // columns)
     made, axes = figure(4.6 * columns, 4.4 * rows, 2 * rows, columns)
     for ax in axes.flat:
         ax.set_visible(False)
     for number, (name, curves) in enumerate(arms.items()):
-        row, column = divmod(number, columns)
-        above, below = axes[2 * row][column], axes[2 * row + 1][column]
+        row, place = divmod(number, columns)
+        above, below = axes[2 * row][place], axes[2 * row + 1][place]
         for ax in (above, below):
             ax.set_visible(True)
             ax.sharex(above)
         for key, colour in (("proxy", PROXY), ("gold", GOLD)):
             for n, c in enumerate(curves):
                 label = f"{key}, RL, a line a seed" if n == 0 else None
-                above.plot(np.sqrt(c.kl), getattr(c, key), color=colour, alpha=0.55, label=label)
+                x, y = np.sqrt(c.kl), column(c, key)
+                above.plot(x, y, color=colour, alpha=0.55, label=label)
+                above.plot(x[-1], y[-1], "x", color=colour, ms=6)
             if fit := fits.get(name, {}).get(key):
                 end = max(float(c.kl.max()) for c in curves)
                 kl = np.linspace(0.0, end, 200) + 1e-6
@@ -71,5 +76,7 @@ def over_optimization(
         above.set(title=titles.get(name, name), ylabel="reward")
         below.set(ylabel="share that parses", ylim=(-0.03, 1.03))
         below.set_xlabel("√KL to the reference, nats a completion")
-        above.legend(loc="best")
+        above.margins(y=0.12)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=2)
     return png(made)

@@ -62,11 +62,11 @@ def test_one_seed_is_refused(tiny, tmp_path, capsys):
     assert "at least two seeds" in capsys.readouterr().err
 
 
-def made(golds):
+def made(golds, proxies=(0.0, 1.0, 2.0)):
     kl = np.array([0.0, 1.0, 4.0])
     from minilm.studies.curves import Curve
 
-    curves = [Curve(np.arange(3), kl, np.array([0.0, 1.0, 2.0]), np.array(g)) for g in golds]
+    curves = [Curve(np.arange(3), kl, np.array(proxies), np.array(g)) for g in golds]
     rng = np.random.default_rng(0)
     sampled = {name: rng.normal(size=(3, 4)).tolist() for name in ("proxy", "gold")}
     return summary(curves, sampled, (1.0,)) | {"accuracy": 0.7, "bayes_accuracy": 0.8}
@@ -79,6 +79,14 @@ def test_the_sentence_says_that_gold_turned_and_from_where():
     assert "a KL budget of 1.0 nats" in sentence("main", arm)
     assert arm["early_stopping"][0]["regret"] == pytest.approx(0)
     assert arm["early_stopping"][1]["regret"] == pytest.approx(arm["fall"]["mean"])
+
+
+def test_what_comes_after_the_highest_proxy_counts_no_more():
+    """A collapse in which proxy falls too is no Goodhart: gold is read where proxy was highest."""
+    arm = made([[0.0, 1.0, 1.1], [0.0, 1.2, 1.1], [0.0, 0.9, 1.1]], proxies=[0.0, 2.0, 1.0])
+    assert arm["fall"]["mean"] == 0
+    assert not arm["turns"]
+    assert arm["gold_at_the_last_step"] == pytest.approx(1.1)
 
 
 def test_a_fall_that_noise_explains_is_not_told_as_one():
