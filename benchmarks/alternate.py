@@ -32,6 +32,38 @@ VARIANTS = {
 }
 
 
+class Size(NamedTuple):
+    """A model, as options laid over the config, and its vocabulary."""
+
+    options: str
+    vocab: int | None  # None: the config's
+
+
+SIZES = {
+    "config": Size("", None),
+    # Those of ../shared/peers and of nanoGPT's GPT-2 small, with SwiGLU.
+    "0.87M": Size(
+        "--model.num-layers 4 --model.embed-dim 128 --model.num-heads 4 --model.num-kv-heads 4 "
+        "--model.head-dim 32 --model.mlp-dim 384 --pretrain.sequence-length 128 "
+        "--pretrain.batch-size 16 --pretrain.optimizer.name adamw",
+        84,
+    ),
+    "12M": Size(
+        "--model.num-layers 6 --model.embed-dim 384 --model.num-heads 6 --model.num-kv-heads 6 "
+        "--model.head-dim 64 --model.mlp-dim 1024 --pretrain.sequence-length 256 "
+        "--pretrain.batch-size 16 --pretrain.optimizer.name adamw",
+        4096,
+    ),
+    "124M": Size(
+        "--model.num-layers 12 --model.embed-dim 768 --model.num-heads 12 "
+        "--model.num-kv-heads 12 --model.head-dim 64 --model.mlp-dim 2048 "
+        "--pretrain.sequence-length 1024 --pretrain.batch-size 16 "
+        "--pretrain.optimizer.name adamw",
+        50304,
+    ),
+}
+
+
 class Prepared(NamedTuple):
     """A compiled computation in a child process.
 
@@ -49,6 +81,8 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--config", type=Path, default="configs/fables.toml", help="model and batch sizes")
+    add("--size", choices=SIZES, default="config", help="another model's (default: the config's)")
+    add("--peer", metavar="COMMAND", help="prints a JSON line of the same work; run in every round")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--rounds", type=int, default=12, help="turns of each variant (default: 12)")
     add("--seconds", type=float, default=0.6, help="of a turn (default: 0.6)")
@@ -67,25 +101,62 @@ def load(args: argparse.Namespace) -> Config:
     tiny = "--model.num-layers 1 --model.embed-dim 16 --model.num-heads 2 --model.num-kv-heads 2"
     tiny += " --model.head-dim 8 --model.mlp-dim 32 --tokenizer.vocab-size 260"
     tiny += " --pretrain.batch-size 2 --pretrain.sequence-length 16"
-    return configfile.load(args.config, tiny.split() if args.quick else [])
+    words = tiny.split() if args.quick else SIZES[args.size].options.split()
+    return configfile.load(args.config, words)
 
 
-def measure(words: Sequence[str], variants: Sequence[str], rounds: int) -> dict[str, Any]:
+def vocabulary(args: argparse.Namespace, config: Config) -> int:
+    return (None if args.quick else SIZES[args.size].vocab) or config.tokenizer.vocab_size
+
+
+def measure(
+    words: Sequence[str], variants: Sequence[str], rounds: int, peer: str | None = None
+) -> dict[str, Any]:
     """What each variant's child said: its facts, and its turns; None where the child died.
 
     Args:
       words: the child's command line, without its dtype.
+      peer: a command that takes its turn in every round; see `peer_seconds`.
     """
     with contextlib.ExitStack() as stack:
         # One after the other: compiling beside each other, they would time each other.
         children = {name: _Child(stack, words, VARIANTS[name]) for name in variants}
+        others = []
         for _ in range(rounds):
             for child in children.values():
                 child.turn()
-        return {
+            if peer:
+                others.append({"seconds": peer_seconds(peer)})
+        found: dict[str, Any] = {
             name: {**child.facts, "turns": child.turns} if child.facts and child.turns else None
             for name, child in children.items()
         }
+        return found | ({"peer": {"turns": others}} if peer else {})
+
+
+def peer_seconds(command: str) -> float:
+    """Seconds of a step, or of a batch of completions, by what the peer's last line says.
+
+    It is a JSON object with `ms_per_step`, `s_per_step`, or `tokens_per_s` with `batch` and `new`.
+    """
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the peer failed: {done.stderr[-2000:]}")
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    if "ms_per_step" in said:
+        return said["ms_per_step"] / 1e3
+    if "s_per_step" in said:
+        return said["s_per_step"]
+    return said["batch"] * said["new"] / said["tokens_per_s"]
+
+
+def against_peer(results: dict[str, Any], rows: dict[str, Any]) -> None:
+    """Adds to each variant's row how many times faster than the peer it was in the same round."""
+    peer = results.pop("peer", None)
+    for name, row in rows.items():
+        if peer and row is not None:
+            row["times_peer"] = speedup(results[name], peer)
+            row["peer_seconds"] = median(peer, "seconds")
 
 
 class _Child:

@@ -1,10 +1,11 @@
 """How many completions a second come out, in float32 and in bfloat16 with and without XLA's flags.
 
-    uv run python benchmarks/generate.py [--config CONFIG] [--rounds N] [--quick]
+    uv run python benchmarks/generate.py [--config CONFIG] [--size SIZE] [--peer COMMAND]
 
-Every completion has all of its 83 tokens: none stops early.
+Every completion has all of its tokens: none stops early.
 """
 
+import argparse
 import sys
 import time
 
@@ -12,15 +13,17 @@ import alternate
 
 from minilm.config import Config
 
-BATCH, PROMPT, NEW = 64, 16, 83
+BATCH, PROMPT = 64, 16
 
 
-def sizes(quick: bool) -> tuple[int, int, int]:
-    """Batch, tokens of a prompt, new tokens."""
-    return (2, 4, 4) if quick else (BATCH, PROMPT, NEW)
+def sizes(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Batch, tokens of a prompt, new tokens: a fable's 83, or the 48 of ../shared/peers."""
+    return (2, 4, 4) if args.quick else (BATCH, PROMPT, 83 if args.size == "config" else 48)
 
 
-def prepare(config: Config, dtype: str, batch: int, prompt: int, new: int) -> alternate.Prepared:
+def prepare(
+    config: Config, vocab: int, dtype: str, batch: int, prompt: int, new: int
+) -> alternate.Prepared:
     """One jitted call: prefill and decode."""
     import jax
     from flax import nnx
@@ -28,7 +31,6 @@ def prepare(config: Config, dtype: str, batch: int, prompt: int, new: int) -> al
     from minilm.generate import generate
     from minilm.model import Transformer
 
-    vocab = config.tokenizer.vocab_size
     model = Transformer(config.model, vocab, compute_dtype=dtype, rngs=nnx.Rngs(0))
     prompts = jax.random.randint(jax.random.key(0), (batch, prompt), 2, vocab)
     keys = iter(jax.random.split(jax.random.key(1), 100_000))
@@ -46,15 +48,17 @@ def prepare(config: Config, dtype: str, batch: int, prompt: int, new: int) -> al
 def main() -> None:
     args = alternate.arguments(__doc__ or "")
     config = alternate.load(args)
-    batch, prompt, new = sizes(args.quick)
+    batch, prompt, new = sizes(args)
     if args.child:
-        prepared = prepare(config, args.child, batch, prompt, new)
+        vocab = alternate.vocabulary(args, config)
+        prepared = prepare(config, vocab, args.child, batch, prompt, new)
         alternate.serve(prepared, args.child, args.seconds)
         return
-    results = alternate.measure(sys.argv, args.variants, args.rounds)
+    results = alternate.measure(sys.argv, args.variants, args.rounds, args.peer)
     base = results.get("float32")
     rows = {}
-    for name, result in results.items():
+    for name in args.variants:
+        result = results[name]
         if result is None:
             rows[name] = None
             continue
@@ -67,6 +71,7 @@ def main() -> None:
             "compile_seconds": result["compile_seconds"],
         }
     measured = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new, "rounds": args.rounds}
+    alternate.against_peer(results, rows)
     alternate.show("generate", rows, measured)
 
 

@@ -1,6 +1,6 @@
 """How long a pretraining step takes, in float32 and in bfloat16 with and without XLA's flags.
 
-uv run python benchmarks/train_step.py [--config CONFIG] [--rounds N] [--quick]
+uv run python benchmarks/train_step.py [--config CONFIG] [--size SIZE] [--peer COMMAND]
 """
 
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 from minilm.config import Config
 
 
-def prepare(config: Config, dtype: str) -> alternate.Prepared:
+def prepare(config: Config, vocab: int, dtype: str) -> alternate.Prepared:
     """The step that training takes, on a batch of random tokens."""
     import jax
     from flax import nnx
@@ -23,7 +23,7 @@ def prepare(config: Config, dtype: str) -> alternate.Prepared:
     from minilm.text.batches import batch_of
     from minilm.train import init_state, make_train_step
 
-    vocab, settings = config.tokenizer.vocab_size, config.pretrain
+    settings = config.pretrain
     rows = np.random.default_rng(0).integers(
         2, vocab, (settings.batch_size, settings.sequence_length + 1)
     )
@@ -49,18 +49,20 @@ def main() -> None:
     args = alternate.arguments(__doc__ or "")
     config = alternate.load(args)
     if args.child:
-        alternate.serve(prepare(config, args.child), args.child, args.seconds)
+        prepared = prepare(config, alternate.vocabulary(args, config), args.child)
+        alternate.serve(prepared, args.child, args.seconds)
         return
-    results = alternate.measure(sys.argv, args.variants, args.rounds)
+    results = alternate.measure(sys.argv, args.variants, args.rounds, args.peer)
 
     from minilm.model import flops_per_token
 
-    length, vocab = config.pretrain.sequence_length, config.tokenizer.vocab_size
+    length, vocab = config.pretrain.sequence_length, alternate.vocabulary(args, config)
     tokens = config.pretrain.batch_size * length
     gflop = flops_per_token(config.model, vocab, length) * tokens / 1e9
     base = results.get("float32")
     rows = {}
-    for name, result in results.items():
+    for name in args.variants:
+        result = results[name]
         if result is None:
             rows[name] = None
             continue
@@ -74,6 +76,7 @@ def main() -> None:
             "share_of_peak": float(np.median(rates)),
             "compile_seconds": result["compile_seconds"],
         }
+    alternate.against_peer(results, rows)
     alternate.show("train_step", rows, {"tokens": tokens, "gflop": gflop, "rounds": args.rounds})
 
 

@@ -43,10 +43,22 @@ def test_variants_take_turns_and_one_that_dies_is_said_to_have_died(alternate, t
     assert alternate.speedup(results["bfloat16"], results["float32"]) == 2.0
 
 
+def test_a_peer_takes_its_turn_and_is_compared_within_the_round(alternate, tmp_path):
+    script, log = tmp_path / "child.py", tmp_path / "log"
+    script.write_text(FAKE)
+    peer = 'echo training; echo \'{"batch": 8, "new": 10, "tokens_per_s": 40}\''
+    results = alternate.measure([str(script), str(log)], ["bfloat16"], 2, peer)
+    assert [turn["seconds"] for turn in results["peer"]["turns"]] == [2.0, 2.0]
+    rows = {"bfloat16": {}}
+    alternate.against_peer(results, rows)
+    assert rows["bfloat16"] == {"times_peer": 3.0, "peer_seconds": 2.0}  # 4 and 2
+
+
 @pytest.mark.parametrize(
     ("name", "positive"),
     [
         ("train_step", ["milliseconds", "tokens_per_second", "share_of_peak", "compile_seconds"]),
+        ("rl_step", ["completions_per_second", "rollout_share", "update_share"]),
         ("generate", ["completions_per_second", "tokens_per_second", "compile_seconds"]),
     ],
 )

@@ -119,7 +119,7 @@ class Fit(NamedTuple):
 
 
 def gao_fit(kl: Values, reward: Values, start: float, shape: str) -> Fit:
-    """Least squares of Gao's curves; linear in α and β, so exact.
+    """Least squares of Gao's curves; linear in α and β, so exact. Fewer than two points give 0.
 
     Reference:
       Gao, Schulman and Hilton (2022), Scaling Laws for Reward Model Overoptimization,
@@ -128,6 +128,8 @@ def gao_fit(kl: Values, reward: Values, start: float, shape: str) -> Fit:
     d = np.sqrt(np.maximum(kl, 0.0))
     used = d > 1e-3
     d, y = d[used], reward[used] - start
+    if len(d) < 2:  # never left the reference: there is no curve
+        return Fit(0.0, 0.0, float(start), 0.0, shape)
     columns = np.stack([d, -d * _bend(d, shape)], axis=1)
     (alpha, beta), *_ = np.linalg.lstsq(columns, y, rcond=None)
     residual, spread = y - columns @ [alpha, beta], y - y.mean()

@@ -74,6 +74,11 @@ def test_a_fit_finds_the_coefficients_that_made_the_curve(alpha, beta, shape):
     np.testing.assert_allclose(gao_value(fit, d[1:] ** 2), reward[1:], atol=1e-6)
 
 
+def test_a_policy_that_never_left_has_no_curve():
+    fit = gao_fit(np.zeros(3), np.ones(3), 1.0, "rl")
+    assert (fit.alpha, fit.beta, fit.start) == (0, 0, 1)
+
+
 def test_the_interval_over_seeds_holds_the_fit_and_is_empty_for_equal_seeds():
     gold = 1.0 * np.sqrt(KL) * (2 - np.log(np.sqrt(np.maximum(KL, 1e-9))))
     found = fit_seeds([curve(gold)] * 3, "gold", resamples=20)
