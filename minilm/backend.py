@@ -29,6 +29,8 @@ from minilm.config import BackendConfig
 # Their names change between releases of jaxlib, and one that it does not know kills the process at
 # the first computation: so they are used only after a child process has lived with them.
 FLAGS = "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_fusion_type=dot,eltwise,reduce"
+# Sums of scattered gradients otherwise depend on which thread comes first. Only a GPU reads it.
+GPU_FLAGS = "--xla_gpu_deterministic_ops=true"
 TIMEOUT = 60.0  # seconds for a whole trial
 WORTH_IT = 0.95  # bfloat16 costs digits, so it has to save some of float32's time
 WIND_UP = 0.3  # seconds; 0.05 was enough in 268 of 268 cases on a machine at five times its load
@@ -60,7 +62,8 @@ def configure(config: BackendConfig, stored: Mapping[str, Any] | None = None) ->
     """
     found = os.environ.get("XLA_FLAGS", "")
     # FLAGS themselves were set by an earlier call or a parent process: they count as ours.
-    ours = config.xla_flags == "auto" and found in ("", FLAGS) and not _jax_has_started()
+    known = found in ("", FLAGS, GPU_FLAGS)
+    ours = config.xla_flags == "auto" and known and not _jax_has_started()
     if stored:
         dtype = stored["compute_dtype"] if config.compute_dtype == "auto" else config.compute_dtype
         flags = stored["xla_flags"] if ours else found
@@ -70,7 +73,7 @@ def configure(config: BackendConfig, stored: Mapping[str, Any] | None = None) ->
         choice = Choice(dtype, flags, "as when this run began", JAXLIB)
     else:
         can_fuse = ours and sys.platform == "linux" and platform.machine() == "x86_64"
-        plain = "" if ours else found
+        plain = (GPU_FLAGS if _accelerated() else "") if ours else found
         choice = _chosen(config.compute_dtype, plain, FLAGS if can_fuse else plain)
     if choice.xla_flags:
         os.environ["XLA_FLAGS"] = choice.xla_flags
@@ -138,7 +141,8 @@ def _chosen(dtype: str, plain: str, fused: str) -> Choice:
     if dtype == "float32" or (dtype == "bfloat16" and fused == plain):
         return Choice(dtype, plain, "as configured", JAXLIB)
     device, fast, times = _remembered_trial({"float32": plain, "bfloat16": fused})
-    if fast is not None:
+    if fast is not None:  # an accelerator, for which the CPU's flags are not
+        fused = plain
         reason = f"{device} {'has' if fast else 'lacks'} fast bfloat16"
     elif len(times) < 2:
         reason = "no child process could try bfloat16 here"
@@ -155,9 +159,8 @@ def _chosen(dtype: str, plain: str, fused: str) -> Choice:
 
 def _remembered_trial(flags: dict[str, str]) -> Trial:
     """The trial of this processor, jaxlib and flags, from the user's cache where it is there."""
-    accelerated = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
     folder = cache_dir()
-    if folder is None or (accelerated and os.environ.get("JAX_PLATFORMS") != "cpu"):
+    if folder is None or _accelerated():
         return _trial(flags)
     key = hashlib.sha256(repr((_cpu(), os.cpu_count(), JAXLIB, flags)).encode()).hexdigest()
     path = folder / f"trial-{key[:16]}.json"
@@ -168,6 +171,12 @@ def _remembered_trial(flags: dict[str, str]) -> Trial:
         with contextlib.suppress(OSError):
             path.write_text(json.dumps(trial._asdict()))
     return trial
+
+
+def _accelerated() -> bool:
+    """Whether JAX may find a GPU or a TPU here."""
+    plugin = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return plugin and os.environ.get("JAX_PLATFORMS") != "cpu"
 
 
 def _trial(flags: dict[str, str]) -> Trial:

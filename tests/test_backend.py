@@ -72,6 +72,20 @@ def test_auto_takes_what_the_trial_finds_faster(machine: Machine, trial, dtype: 
     assert (choice.compute_dtype, choice.xla_flags, flags_now()) == (dtype, flags, flags)
 
 
+@pytest.mark.parametrize(("trial", "dtype"), [(T4, "float32"), (H100, "bfloat16")])
+def test_where_there_may_be_a_gpu_its_sums_are_told_to_repeat(
+    machine: Machine, monkeypatch, trial, dtype
+):
+    """Without the flag, two runs of the same eight steps on an H100 differed."""
+    monkeypatch.setattr(backend, "_accelerated", lambda: True)
+    machine.trial = trial
+    choice = backend.configure(BackendConfig())
+    assert (choice.compute_dtype, choice.xla_flags) == (dtype, backend.GPU_FLAGS)
+    assert flags_now() == backend.GPU_FLAGS
+    again = backend.configure(BackendConfig(), choice._asdict())
+    assert again.xla_flags == backend.GPU_FLAGS
+
+
 def test_the_reason_names_both_times(machine: Machine):
     reason = backend.configure(BackendConfig()).reason
     assert "10.0 ms in bfloat16" in reason

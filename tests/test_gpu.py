@@ -1,4 +1,7 @@
-"""What only a GPU can show; run with `JAX_PLATFORMS=cuda,cpu uv run pytest -n 0 -m gpu`."""
+"""What only a GPU can show, with the flag that `backend.configure` sets where one may be:
+
+JAX_PLATFORMS=cuda,cpu XLA_FLAGS=--xla_gpu_deterministic_ops=true uv run pytest -n 0 -m gpu
+"""
 
 import json
 
