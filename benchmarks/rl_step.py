@@ -9,6 +9,7 @@ model of the policy's own size. PEER prints its seconds a step, as ../shared/pee
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import alternate
 
@@ -44,7 +45,7 @@ def prepare(config: Config, vocab: int, dtype: str, quick: bool) -> alternate.Pr
 
     prompts = np.random.default_rng(0).integers(2, vocab, (64, prompt)).astype(np.int32)
     # No token is -1, so that no completion ends early.
-    ids = {"max_new_tokens": new, "eos_id": -1, "pad_id": 0}
+    ids: dict[str, Any] = {"max_new_tokens": new, "eos_id": -1, "pad_id": 0}
     frozen = (model(0), model(1, scalar=True), Normalization(0.0, 1.0))
     collect = make_collect(rl, algorithm, *frozen, prompts, key=jax.random.key(0), **ids)
     optimizer = make_optimizer(rl.optimizer, 100_000)

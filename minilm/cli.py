@@ -198,6 +198,15 @@ def _oracle(name: str, words: list[str]) -> None:
     oracle_command(args.out, args.algorithms or list(ALGORITHMS), args.steps)
 
 
+def _blame(name: str, words: list[str]) -> None:
+    parser = _parser(name, "RUN", "a finished run folder")
+    parser.add_argument("--out", type=Path, help="folder of the oracles (default: blame in RUN)")
+    args = parser.parse_args(words)
+    from minilm.studies.blame import blame_command
+
+    blame_command(args.RUN, args.out)
+
+
 COMMANDS = {
     "run": Command(_run, "all stages in order; skips what is done, resumes what was interrupted"),
     "pretrain": Command(_run, "tokenizer and next-token training on the corpus"),
@@ -214,6 +223,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate, "report card of the reward model; win rates between policies"),
     "score": Command(_score, "rewards of a file of pairs, completions or texts"),
     "overoptimize": Command(_overoptimize, "gold and proxy under more and more optimisation"),
+    "blame": Command(_blame, "which stage holds a run back, by swapping each for its oracle"),
     "oracle": Command(_oracle, "RL algorithms beside the exact optimum of a tiny language"),
     "lr-range": Command(_lr_range, "learning-rate range test: a suggestion and a plot"),
 }

@@ -191,6 +191,7 @@ class PreferencesConfig(Section):
 class RewardConfig(SupervisedConfig):
     """A scalar head on the pretrained model, Bradley-Terry loss."""
 
+    num_layers: Positive | None = None  # of the pretrained model's, from the bottom; None: all
     epochs: Positive = 1
     max_tokens: Positive = 192  # of prompt and completion; longer pairs are left out
 
@@ -206,6 +207,9 @@ class RLHFConfig(LoopConfig):
     epochs: Positive = 1  # passes over a rollout
     minibatches: Positive = 1
     kl_coef: NonNegative = 0.04
+    # The reward is a weighted sum, its parts in standard deviations of the reference's completions.
+    learned_weight: NonNegative = 1.0  # of the reward model
+    judge_weight: NonNegative = 0.0  # of gold itself: an oracle, or a rule one wants kept
     clip: Rate = 0.2
     clip_high: Rate = 0.28  # how far "dapo" lets a token become likelier
     value_clip: Rate = 0.2

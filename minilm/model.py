@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from minilm.config import ModelConfig
+from minilm.errors import UserError
 
 NORM_EPS = 1e-6  # Qwen3's rms_norm_eps
 
@@ -74,6 +75,23 @@ class Transformer(nnx.Module):
 
 
 EMBED_STD = 0.02  # GPT-2's initialisation, Radford et al. (2019)
+
+
+def lowest_layers(model: Transformer, count: int) -> Transformer:
+    """The same model without what lies above its first `count` layers.
+
+    Raises:
+      UserError: it has no such number of layers.
+    """
+    have = model.config.num_layers
+    if not 1 <= count <= have:
+        problem = "the pretrained model has fewer layers"
+        where = "reward.num_layers"
+        raise UserError(problem, where=where, value=count, allowed=f"1 to {have}")
+    model = nnx.merge(*nnx.split(model))  # the caller's stays as it is
+    model.layers = nnx.List(list(model.layers)[:count])
+    model.config = model.config.model_copy(update={"num_layers": count})
+    return model
 
 
 class Cache(NamedTuple):

@@ -198,7 +198,8 @@ def rlhf_and_evaluation(ws) -> dict:
     from minilm.stages.rlhf import rlhf
 
     evaluator = PolicyEvaluator(ws)
-    trained = rlhf(ws, lambda model: evaluator(model, "development"))
+    judged = evaluator.judged if ws.config.rlhf.judge_weight else None
+    trained = rlhf(ws, lambda model: evaluator(model, "development"), judged)
     figures = evaluator(ws.load("rlhf", scalar_head=False), "evaluation", "samples.jsonl")
     write_json(ws.stage("rlhf") / "evaluation.json", figures)
     for name in ("gold", "proxy", "parse_share", "length"):

@@ -61,6 +61,7 @@ def nothing_runs(monkeypatch):
         "minilm.studies.overoptimize": ("overoptimize_command",),
         "minilm.studies.evaluation": ("evaluate_command",),
         "minilm.studies.oracle": ("oracle_command",),
+        "minilm.studies.blame": ("blame_command",),
         "minilm.inspection": ("describe", "render", "diff", "render_diff"),
     }
     for module, names in functions.items():

@@ -8,6 +8,7 @@ from flax import nnx
 
 from minilm import model as m
 from minilm.config import ModelConfig
+from minilm.errors import UserError
 
 VOCAB = 37
 CONFIG = ModelConfig(
@@ -260,3 +261,15 @@ def test_a_row_of_padding_alone_stays_finite():
     empty = np.zeros((2, 5), np.int32)
     hidden, _ = jax.jit(m.prefill, static_argnums=3)(model, empty, empty > 0, 12)
     assert np.isfinite(hidden).all()
+
+
+def test_the_lowest_layers_are_the_models_own_and_the_model_stays():
+    model = random_model(scalar_head=True)
+    low = m.lowest_layers(model, 1)
+    assert (low.config.num_layers, len(low.layers)) == (1, 1)
+    assert (model.config.num_layers, len(model.layers)) == (2, 2)
+    ours, theirs = (x.layers[0].mlp.up_proj[...] for x in (low, model))
+    np.testing.assert_array_equal(ours, theirs)
+    assert low.score is not None
+    with pytest.raises(UserError, match="fewer layers"):
+        m.lowest_layers(model, 3)

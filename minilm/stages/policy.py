@@ -82,6 +82,20 @@ class PolicyEvaluator:
         gold = None if self.judge is None else self.judge(list(prompts), texts)
         return Scored(list(prompts), rows, samples, texts, proxy, gold)
 
+    def judged(self, rows: np.ndarray, samples: Samples) -> np.ndarray:
+        """Gold of completions in standard deviations of the reference's, as a part of a reward.
+
+        Raises:
+          ValueError: there is no judge.
+        """
+        known = self.references("development").gold
+        if self.judge is None or known is None:
+            raise ValueError("there is no judge to pay by")
+        prompts = [self.ws.tokenizer.decode(row) for row in rows]
+        samples = jax.tree.map(np.asarray, samples)
+        gold = self.judge(prompts, texts_of(samples, self.ws.tokenizer))
+        return ((gold - known.mean()) / max(float(known.std()), 1e-6)).astype(np.float32)
+
     def _figures(self, scored: Scored) -> dict[str, float | None]:
         figures = {
             "proxy": float(scored.proxy.mean()),

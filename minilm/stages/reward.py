@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from minilm.errors import UserError
 from minilm.files import read_json, write_json
 from minilm.losses.preference import bradley_terry
-from minilm.model import Transformer, sequence_score
+from minilm.model import Transformer, lowest_layers, sequence_score
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.rewards import Normalization
@@ -86,6 +86,8 @@ def reward(ws: Workspace) -> dict:
         return update(state, batches[k])
 
     model = ws.load("pretrain", scalar_head=True)
+    if config.num_layers is not None:
+        model = lowest_layers(model, config.num_layers)
     # A random head sends gradient into the trunk from the first step on; a zero one would not.
     key = jax.random.fold_in(jax.random.key(seed), 32)
     width = model.config.embed_dim
@@ -97,7 +99,8 @@ def reward(ws: Workspace) -> dict:
         steps=steps,
         loop=config,
         folder=folder,
-        metadata=ws.metadata("reward", scalar_head=True),
+        metadata=ws.metadata("reward", scalar_head=True)
+        | {"model": model.config.model_dump(mode="json")},
         files={"tokenizer.json": ws.tokenizer_file},
         learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
     )

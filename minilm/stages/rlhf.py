@@ -26,19 +26,26 @@ from minilm.terms import configured
 from minilm.text.prompts import prompt_sets
 from minilm.train import TrainState, fit, init_state, make_train_step
 
+# (prompts as rows, their completions) -> a score each, in standard deviations of the reference's.
+type Judged = Callable[[np.ndarray, Samples], np.ndarray]
 
-def rlhf(ws: Workspace, evaluate: Callable[[Transformer], dict]) -> dict:
+
+def rlhf(
+    ws: Workspace, evaluate: Callable[[Transformer], dict], judged: Judged | None = None
+) -> dict:
     """Fine-tunes the pretrained policy against the reward model. Returns the stage's summary.
 
-    `evaluate` gives a policy's figures on the development prompts; the run hands it in, so that
-    training itself can't see gold.
+    Args:
+      evaluate: gives a policy's figures on the development prompts; the run hands it in, so that
+        training itself can't see gold.
+      judged: gold as a part of the reward, where `rlhf.judge_weight` asks for it.
     """
     config, sizes = ws.config.rlhf, ws.config.prompts
     algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
     optimizer = make_optimizer(config.optimizer, updates(config))
     policy = ws.load("pretrain", scalar_head=algorithm.critic)
     reference, reward_model = ws.load("pretrain", scalar_head=False), ws.load("reward")
-    collect = collector(ws, reference, reward_model)(config)
+    collect = collector(ws, reference, reward_model, judged)(config)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, updates(config))
     step = make_step(config, aim, optimizer, collect, sizes.max_new_tokens)
     rate = schedule(config.optimizer, updates(config), config.optimizer.learning_rate)
@@ -74,7 +81,7 @@ class Collected(NamedTuple):
 
 
 def collector(
-    ws: Workspace, reference: Transformer, reward_model: Transformer
+    ws: Workspace, reference: Transformer, reward_model: Transformer, judged: Judged | None = None
 ) -> Callable[[RLHFConfig], Callable[[Transformer, int], Collected]]:
     """A config's `collect` (see make_collect) on this run's RLHF prompts."""
     sizes, tokenizer = ws.config.prompts, ws.tokenizer
@@ -93,6 +100,7 @@ def collector(
             max_new_tokens=sizes.max_new_tokens,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
+            judged=judged,
         )
 
     return made
@@ -110,20 +118,22 @@ def make_collect(
     max_new_tokens: int,
     eos_id: int,
     pad_id: int,
+    judged: Judged | None = None,
 ) -> Callable[[Transformer, int], Collected]:
     """(policy, k) -> the rollout of step k, scored and priced: a function of these and the key."""
     temperature = config.temperature
 
     @backend.keep
     @jax.jit
-    def prepare(model, reference, reward_model, rows, samples):
+    def prepare(model, reference, reward_model, rows, samples, gold):
         rollout = complete_rollout(
             model, reference, rows, samples, pad_id=pad_id, temperature=temperature
         )
         missing = config.missing_eos_score
-        score = learned_reward(
+        learned = learned_reward(
             reward_model, rollout, normalization=normalization, missing_eos_score=missing
         )
+        score = config.learned_weight * learned + config.judge_weight * gold
         batch = price(algorithm, rollout, score, config)
         mask, one = rollout.mask, jnp.ones_like(score)
         ended = rollout.finished.astype(jnp.float32)
@@ -134,6 +144,8 @@ def make_collect(
         metrics = {
             "objective/kl": mean(jnp.sum(gap, axis=1), one),
             "objective/scores": mean(score, one),
+            "reward/learned": mean(learned, one),
+            "reward/judge": mean(gold, one),
             "objective/entropy": mean(-jnp.sum(rollout.logprobs, axis=1), one),
             "completions/mean_length": mean(lengths, one),
             "completions/clipped_ratio": mean(1.0 - ended, one),
@@ -154,7 +166,8 @@ def make_collect(
             eos_id=eos_id,
             pad_id=pad_id,
         )
-        return prepare(model, reference, reward_model, rows, samples)
+        gold = np.zeros(len(rows), np.float32) if judged is None else judged(rows, samples)
+        return prepare(model, reference, reward_model, rows, samples, gold)
 
     return collect
 

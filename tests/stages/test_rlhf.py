@@ -102,6 +102,25 @@ def test_a_run_of_steps(name, caplog):
     assert float(other["objective/scores"].value) != first["objective/scores"]
 
 
+def test_a_reward_may_be_a_sum_and_its_parts_are_logged():
+    """The score is the weighted sum; the parts are logged unweighted."""
+
+    def judged(rows, samples):
+        return np.arange(len(rows), dtype=np.float32)
+
+    config = CONFIG.model_copy(update={"learned_weight": 0.5, "judge_weight": 2.0})
+    reference, reward_model = random_model(0), random_model(1, scalar_head=True, scale=0.6)
+    frozen = (ALGORITHMS["rloo"], reference, reward_model, Normalization(0.0, 1.0), PROMPTS)
+    ids = {"key": jax.random.key(0), "max_new_tokens": 6, "eos_id": EOS, "pad_id": PAD}
+    both = s.make_collect(config, *frozen, **ids, judged=judged)(reference, 0)
+    alone = s.make_collect(CONFIG, *frozen, **ids)(reference, 0)
+    np.testing.assert_allclose(both.scores, 0.5 * alone.scores + 2.0 * np.arange(16), rtol=1e-5)
+    found = {name: float(mean.value) for name, mean in both.metrics.items()}
+    assert found["reward/judge"] == 7.5
+    assert found["reward/learned"] == pytest.approx(float(alone.scores.mean()), rel=1e-5)
+    assert float(alone.metrics["reward/judge"].value) == 0
+
+
 def test_figures_of_a_rollout_are_means_over_its_updates_but_the_ratio_is_the_firsts():
     """A NaN, or a clip fraction, of one update in sixteen must not get lost."""
     one = np.float32(1)

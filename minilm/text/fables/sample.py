@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, no_type_check
 
 from minilm.text.fables.grammar import story_of
+from minilm.text.fables.parse import parse
 from minilm.text.fables.teller import Ambiguous, Attributes, Options, Teller, Weights
 from minilm.text.fables.words import LISTS
 
@@ -60,6 +61,33 @@ def generate(seed: int | tuple[int, ...], *, size: str = "full") -> Story:
     writer = Writer(LISTS, decide)
     story_of(size)(writer)
     return writer.story()
+
+
+def complete(prompt: str, seed: int | tuple[int, ...], *, size: str = "full") -> str:
+    """Draw how a story that begins with `prompt` goes on, as the grammar has it.
+
+    Raises:
+      ValueError: no story begins like that.
+
+    >>> len(complete(generate(1, size="small").text[:0], 1, size="small")) > 50
+    True
+    """
+    key = seed if isinstance(seed, tuple) else (seed,)
+    known = parse(prompt, size=size).choices
+    # The last choices may have been read from too little text to be certain.
+    for count in range(len(known), -1, -1):
+        dice = random.Random(",".join(map(str, key)))
+        given = iter(known[:count])
+
+        def decide(options: int, weights: Weights | None, dice=dice, given=given) -> int:
+            drawn = dice.choices(range(options), weights or (1.0,) * options)[0]
+            return next(given, drawn)
+
+        writer = Writer(LISTS, decide)
+        story_of(size)(writer)
+        if (text := writer.story().text).startswith(prompt):
+            return text[len(prompt) :]
+    raise ValueError(f"no story of the {size} grammar begins with {prompt!r}")
 
 
 def stories(seed: int, count: int, *, size: str = "full") -> Iterator[Story]:

@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from minilm.errors import UserError
-from minilm.text.fables import SIZES, generate, stories
+from minilm.text.fables import SIZES, complete, generate, parse, stories
 from minilm.text.fables.grammar import KEEPS, story_of
 from minilm.text.fables.sample import Writer
 from minilm.text.fables.words import LISTS, WARM
+from minilm.text.prompts import opening
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -58,3 +59,20 @@ def test_weighted_choices_come_as_often_as_stated():
 def test_an_unknown_size_is_the_users_mistake():
     with pytest.raises(UserError, match="did you mean 'full'"):
         generate(0, size="ful")
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_the_grammar_goes_on_from_a_prompt_as_its_stories_do(size):
+    """A hundred completions of each of three openings: all are stories, few are alike."""
+    for index in range(3):
+        story = generate((5, index), size=size)
+        prompt = opening(story.text, 1)
+        texts = [prompt + complete(prompt, (6, i), size=size) for i in range(100)]
+        assert all(parse(text, size=size).valid for text in texts)
+        assert len(set(texts)) > 80
+    assert complete(prompt, 1, size=size) == complete(prompt, 1, size=size)
+
+
+def test_no_story_goes_on_from_what_is_none():
+    with pytest.raises(ValueError, match="begins with"):
+        complete("Call me Ishmael.", 0)
