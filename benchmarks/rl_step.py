@@ -31,8 +31,7 @@ def prepare(config: Config, vocab: int, dtype: str, quick: bool) -> alternate.Pr
     from minilm.model import Transformer
     from minilm.optim import make_optimizer
     from minilm.rewards import Normalization
-    from minilm.stages.rlhf import make_collect, make_step
-    from minilm.train import init_state
+    from minilm.stages.rlhf import make_collect, make_step, start_state
 
     count, prompt, new = sizes(quick)
     settings = {"algorithm": "grpo", "prompts_per_step": count, "group_size": 8}
@@ -50,7 +49,7 @@ def prepare(config: Config, vocab: int, dtype: str, quick: bool) -> alternate.Pr
     collect = make_collect(rl, algorithm, *frozen, prompts, key=jax.random.key(0), **ids)
     optimizer = make_optimizer(rl.optimizer, 100_000)
     step = make_step(rl, objective(algorithm, rl), optimizer, collect, new)
-    state, number = init_state(model(0), optimizer), 0
+    state, number = start_state(model(0), optimizer), 0
 
     def once() -> None:
         nonlocal state, number

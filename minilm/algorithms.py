@@ -54,10 +54,11 @@ class PolicyBatch(NamedTuple):
     advantages: PerToken
     old_values: PerToken | None
     returns: PerToken | None
+    kl_scale: Float[Array, "B"]  # the KL coefficient now, as a multiple of the config's
 
 
 def token_rewards(
-    algorithm: Algorithm, rollout: Rollout, score: Float[Array, "B"], kl_coef: float
+    algorithm: Algorithm, rollout: Rollout, score: Float[Array, "B"], kl_coef: float | Array
 ) -> PerToken:
     """The score at the last token of each completion, less the KL penalty at every token.
 
@@ -129,12 +130,34 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def price(
-    algorithm: Algorithm, rollout: Rollout, score: Float[Array, "B"], config: RLHFConfig
+    algorithm: Algorithm,
+    rollout: Rollout,
+    score: Float[Array, "B"],
+    config: RLHFConfig,
+    kl_scale: float | Float[Array, ""] = 1.0,
 ) -> PolicyBatch:
-    """Rewards and advantages of a rollout."""
-    rewards = token_rewards(algorithm, rollout, score, config.kl_coef)
+    """Rewards and advantages of a rollout; `kl_scale` times `kl_coef` is the price of a nat."""
+    rewards = token_rewards(algorithm, rollout, score, config.kl_coef * kl_scale)
     advantages, returns = algorithm.advantages(rewards, rollout, config)
-    return PolicyBatch(*rollout[:5], advantages, rollout.values, returns)
+    scale = jnp.full(score.shape, kl_scale, jnp.float32)
+    return PolicyBatch(*rollout[:5], advantages, rollout.values, returns, scale)
+
+
+def next_kl_scale(
+    scale: Float[Array, ""], kl: Float[Array, ""], completions: int, config: RLHFConfig
+) -> Float[Array, ""]:
+    """The KL coefficient's multiple after a step: up where KL is above its target.
+
+    β ← β (1 + clip(KL / target − 1, −0.2, 0.2) n / horizon); unchanged without a target.
+
+    Reference:
+      Ziegler et al. (2019), Fine-Tuning Language Models from Human Preferences,
+      arXiv:1909.08593, section 2.2.
+    """
+    if config.kl_target is None:
+        return scale
+    error = jnp.clip(kl / config.kl_target - 1, -0.2, 0.2)
+    return scale * (1 + error * completions / config.kl_horizon)
 
 
 def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
@@ -166,7 +189,8 @@ def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
         return clipped_surrogate(o.logprobs, b.old_logprobs, b.advantages, **options)
 
     def kl(o: Outputs, b: PolicyBatch):
-        return jnp.where(b.mask, kl_estimate(o.logprobs, b.ref_logprobs, estimator="k3"), 0.0)
+        each = kl_estimate(o.logprobs, b.ref_logprobs, estimator="k3")
+        return jnp.where(b.mask, b.kl_scale[:, None] * each, 0.0)
 
     values = {
         "policy_gradient": lambda o, b: policy_gradient(o.logprobs, b.old_logprobs, b.advantages),

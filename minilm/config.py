@@ -207,6 +207,12 @@ class RLHFConfig(LoopConfig):
     epochs: Positive = 1  # passes over a rollout
     minibatches: Positive = 1
     kl_coef: NonNegative = 0.04
+    # Adaptive: kl_coef starts there and moves until KL is so many nats a completion, by at most
+    # 0.2 n / kl_horizon a step of n completions. Ziegler et al. (2019), section 2.2. None: fixed.
+    kl_target: Rate | None = None
+    kl_horizon: Rate = 10_000.0  # completions; a run of few steps wants less
+    # Early stopping: the last policy whose exact KL on the development prompts was within it.
+    kl_budget: Rate | None = None
     # The reward is a weighted sum, its parts in standard deviations of the reference's completions.
     learned_weight: NonNegative = 1.0  # of the reward model
     judge_weight: NonNegative = 0.0  # of gold itself: an oracle, or a rule one wants kept
@@ -228,6 +234,8 @@ class RLHFConfig(LoopConfig):
             problem = f"the {size} completions of a step (prompts_per_step x group_size) do not "
             problem += f"split into {self.minibatches} minibatches of {self.accumulation} parts"
             raise ValueError(f"{problem} (minibatches, accumulation)")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target moves kl_coef by factors, so it must begin above 0")
         return self
 
 

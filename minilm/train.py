@@ -185,7 +185,7 @@ def fit(
     learning_rate: optax.Schedule,
     tokens_per_step: int = 0,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
-    best: str | None = None,
+    best: str | Callable[[Mapping[str, Any]], float] | None = None,
     patience: int = 0,
     sample: Callable[[TrainState], str] | None = None,
     started: float | None = None,
@@ -200,7 +200,7 @@ def fit(
       step: (state, k) -> (state, metrics); metrics are `Mean`s or numbers.
       metadata, files: stored with every checkpoint.
       evaluate: run at step 0, every `loop.evaluate_every` steps and at the end.
-      best: the evaluated metric whose lowest checkpoint is kept too.
+      best: an evaluated metric, or a function of an evaluation; its lowest checkpoint is kept too.
       patience: evaluations without a lower `best`, after which its checkpoint is the last; 0: off.
       sample: a text shown at a quarter, half and the end, and within a minute of `started`.
       started: `time.monotonic()` of when the stage began, if not now.
@@ -224,6 +224,9 @@ def fit(
     evaluations = {r["step"]: r for r in read(folder / "metrics.jsonl") if r["kind"] == "eval"}
     milestones = {max(steps // 4, 1), max(steps // 2, 1), steps} if sample else set()
 
+    def rank(figures: Mapping[str, Any]) -> float:
+        return best(figures) if callable(best) else figures[best]  # pyright: ignore
+
     def save(step_count: int, seconds: float) -> None:
         nonlocal saved
         saved = checkpoint.save(
@@ -245,7 +248,7 @@ def fit(
             progress.note(_line(f"{title} {step_count}/{steps}", values))
         # Asked again on resume: the run may have been killed between the record and this.
         if best and saved and checkpoint.metadata(saved)["best"] is None:
-            checkpoint.set_best(saved, evaluations[step_count][best])
+            checkpoint.set_best(saved, rank(evaluations[step_count]))
         for verdict in alarms(read(folder / "metrics.jsonl")):
             if verdict.name not in warned:
                 seen = "; ".join(map(str, verdict.evidence))
@@ -258,7 +261,7 @@ def fit(
         if not (best and patience and saved):
             return False
         known = sorted(evaluations)
-        return should_stop(known, [evaluations[s][best] for s in known], patience)
+        return should_stop(known, [rank(evaluations[s]) for s in known], patience)
 
     warned: set[str] = set()
     last_metrics: dict = {}
@@ -303,7 +306,8 @@ def fit(
                 raise Interrupted(f"{title} saved at step {k + 1}; the same command goes on")
             if due:
                 evaluate_now(k + 1)
-                stopped = k + 1 < steps and stopped_early()
+                # At the last step a loss has had its time; a limit holds there too.
+                stopped = (k + 1 < steps or callable(best)) and stopped_early()
                 if stopped:
                     break
             early = not sampled and time.monotonic() - started > SAMPLE_AFTER

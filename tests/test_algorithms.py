@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from minilm.algorithms import ALGORITHMS, Algorithm, objective, price, token_rewards
+from minilm.algorithms import ALGORITHMS, Algorithm, next_kl_scale, objective, price, token_rewards
 from minilm.config import ModelConfig, RLHFConfig
 from minilm.generate import generate, left_pad
 from minilm.losses.policy import kl_estimate
@@ -168,6 +168,27 @@ def test_expert_iteration_learns_the_best_of_each_group_by_heart():
     outputs = Outputs(jnp.asarray(LOGPROBS), jnp.ones((2, 3)), None)
     found = loss_of(ALGORITHMS["expert_iteration"], outputs, batch)
     assert found == pytest.approx(3.5 / 3, rel=1e-5)  # the mean surprise of the first's tokens
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(9.0, 1.02), (2.2, 1.01), (2.0, 1.0), (0.0, 0.98)])
+def test_the_price_of_a_nat_follows_its_target(kl, factor):
+    """Ziegler et al.: the relative error, at most 0.2 either way, times n / horizon = 0.1."""
+    config = CONFIG.model_copy(update={"kl_target": 2.0, "kl_horizon": 640.0})
+    found = next_kl_scale(jnp.float32(3.0), jnp.float32(kl), 64, config)
+    assert float(found) == pytest.approx(3.0 * factor)
+    assert float(next_kl_scale(jnp.float32(3.0), jnp.float32(kl), 64, CONFIG)) == 3.0
+
+
+def test_the_price_enters_where_the_row_has_its_kl():
+    rollout = rollout_of(LOGPROBS, REFERENCE, MASK)
+    outputs = Outputs(jnp.asarray(LOGPROBS), jnp.ones((2, 3)), None)
+    config = CONFIG.model_copy(update={"kl_coef": 1.5})
+    for name in ("rloo", "grpo"):  # in the reward, and in the loss
+        row = ALGORITHMS[name]
+        moved = price(row, rollout, SCORE, CONFIG, 3.0)
+        fixed = price(row, rollout, SCORE, config)
+        expected = loss_of(row, outputs, fixed, config)
+        assert loss_of(row, outputs, moved) == pytest.approx(expected, rel=1e-5)
 
 
 def test_diagnostics_are_watched_and_at_the_first_update_say_that_nothing_moved():

@@ -20,7 +20,7 @@ from minilm.optim import make_optimizer
 from minilm.rewards import Normalization
 from minilm.rollout import completion_outputs
 from minilm.stages.pretrain import LANGUAGE, forward
-from minilm.stages.rlhf import make_collect, make_step
+from minilm.stages.rlhf import make_collect, make_step, start_state
 from minilm.text.batches import batch_of
 from minilm.train import init_state, make_train_step
 
@@ -110,7 +110,7 @@ def test_rlhf_raises_what_it_is_paid_for(name):
     )
     optimizer = make_optimizer(config.optimizer, 100)
     step = make_step(config, objective(algorithm, config), optimizer, collect, 16)
-    state, scores = init_state(model(0, scalar_head=algorithm.critic), optimizer), []
+    state, scores = start_state(model(0, scalar_head=algorithm.critic), optimizer), []
     for k in range(40):
         state, metrics = step(state, k)
         scores.append(float(metrics["objective/scores"].value))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minilm import checkpoint, cli, run
+from minilm import checkpoint, cli, metrics, run
 from minilm.configfile import load
 from minilm.stages.workspace import Workspace
 from minilm.text.fables import stories
@@ -103,6 +103,22 @@ def test_redo_remakes_a_stage_and_keeps_the_old_one(tiny, tiny_copy, processes):
     assert read(tiny_copy / "rlhf" / "done.json")["sections"]["rlhf"]["seed"] == 1
     assert checkpoint.find(tiny_copy).parent == tiny_copy / "rlhf" / "checkpoints"
     assert files(tiny_copy / "reward") == before
+
+
+def test_a_kl_budget_keeps_the_last_policy_within_it(tiny, tiny_copy, processes):
+    """The uninterrupted run is at `kls[0]` after 3 steps and at `kls[1]`, more, after 6."""
+    records = metrics.read(tiny_copy / "rlhf" / "metrics.jsonl")
+    kls = [r["kl"] for r in records if r["kind"] == "eval"][1:]
+    assert kls[1] > kls[0] > 0
+    between = ["--redo", "rlhf", "--rlhf.kl-budget", (kls[0] + kls[1]) / 2]
+    done = processes("run", tiny, "--out", tiny_copy, *between)
+    assert done.code == 0, done.output
+    assert "stopped at step 6, back to the best, step 3" in done.output
+    assert checkpoint.metadata(checkpoint.find(tiny_copy / "rlhf"))["step"] == 3
+    tight = ["--redo", "rlhf", "--rlhf.kl-budget", kls[0] / 2]
+    done = processes("run", tiny, "--out", tiny_copy, *tight)
+    assert done.code == 2
+    assert "at the first evaluation already" in done.output
 
 
 def test_redo_of_a_stage_that_would_not_run_leaves_everything(tiny, tiny_run, processes):

@@ -13,9 +13,8 @@ from minilm.optim import make_optimizer
 from minilm.rollout import Outputs
 from minilm.stages.policy import proxy_scores
 from minilm.stages.reward import load_normalization
-from minilm.stages.rlhf import make_forward, make_step
+from minilm.stages.rlhf import make_forward, make_step, start_state
 from minilm.text.prompts import prompt_sets
-from minilm.train import init_state
 
 PROBE = 0.6  # a temperature at which a forgotten division can't hide
 FEW = 0.2  # of the completions are different: fewer, and the policy says one thing to all prompts
@@ -140,7 +139,7 @@ def the_reference_is_frozen(setting: Setting) -> tuple[bool, str]:
     width = setting.batch.mask.shape[1]
     step = make_step(config, setting.objective, optimizer, lambda model, k: parts.collected, width)
     start = [np.array(x) for x in jax.tree.leaves(parts.start)]
-    state, _ = step(init_state(parts.start, optimizer, setting.objective), 0)
+    state, _ = step(start_state(parts.start, optimizer), 0)
     moved = any(
         (np.asarray(x) != y).any() for x, y in zip(jax.tree.leaves(state.model), start, strict=True)
     )

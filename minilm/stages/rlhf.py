@@ -1,7 +1,8 @@
 """RLHF: rollout, score, KL to the frozen reference, update; the algorithm is a row."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minilm import backend
-from minilm.algorithms import ALGORITHMS, Algorithm, PolicyBatch, objective, price
+from minilm.algorithms import ALGORITHMS, Algorithm, PolicyBatch, next_kl_scale, objective, price
 from minilm.choices import choose
 from minilm.config import RLHFConfig
+from minilm.errors import UserError
 from minilm.generate import Samples, generate
 from minilm.losses.reduce import Mean, mean
 from minilm.model import Transformer
@@ -50,8 +52,15 @@ def rlhf(
     step = make_step(config, aim, optimizer, collect, sizes.max_new_tokens)
     rate = schedule(config.optimizer, updates(config), config.optimizer.learning_rate)
     per_step = config.epochs * config.minibatches
+    budget = config.kl_budget
+
+    def rank(figures: Mapping[str, float]) -> float:
+        """The later the better, within the budget; beyond it, worse than any."""
+        inside = budget is None or figures["kl"] <= budget
+        return -figures["step"] if inside else figures["step"] + 1
+
     _, record = fit(
-        init_state(policy, optimizer),
+        start_state(policy, optimizer),
         step,
         title="rlhf",
         steps=config.steps,
@@ -61,8 +70,24 @@ def rlhf(
         files={"tokenizer.json": ws.tokenizer_file},
         learning_rate=lambda k: rate(k * per_step),
         evaluate=lambda s: evaluate(s.model),
+        best=None if budget is None else rank,
+        patience=0 if budget is None else 1,
     )
+    if budget is not None and record["kl"] > budget:
+        hint = "lower rlhf.optimizer.learning_rate, raise rlhf.kl_coef, or look more often: "
+        raise UserError(
+            f"KL was {record['kl']:.2f} nats at the first evaluation already",
+            where="rlhf.kl_budget",
+            value=budget,
+            hint=f"{hint}rlhf.evaluate_every",
+        )
     return {"algorithm": config.algorithm, "seconds": record["seconds"]}
+
+
+def start_state(policy: Transformer, optimizer) -> TrainState:
+    """The first state: the KL coefficient is the config's."""
+    state = init_state(policy, optimizer)
+    return dataclasses.replace(state, extra=state.extra | {"kl_scale": jnp.float32(1)})
 
 
 def updates(config: RLHFConfig) -> int:
@@ -78,11 +103,12 @@ class Collected(NamedTuple):
     scores: Float[Array, "B"]  # normalised, before any KL penalty
     batch: PolicyBatch
     metrics: dict[str, Mean]
+    kl_scale: Float[Array, ""]  # of the next step
 
 
 def collector(
     ws: Workspace, reference: Transformer, reward_model: Transformer, judged: Judged | None = None
-) -> Callable[[RLHFConfig], Callable[[Transformer, int], Collected]]:
+) -> Callable[[RLHFConfig], Callable[..., Collected]]:
     """A config's `collect` (see make_collect) on this run's RLHF prompts."""
     sizes, tokenizer = ws.config.prompts, ws.tokenizer
     prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).rlhf
@@ -119,13 +145,16 @@ def make_collect(
     eos_id: int,
     pad_id: int,
     judged: Judged | None = None,
-) -> Callable[[Transformer, int], Collected]:
-    """(policy, k) -> the rollout of step k, scored and priced: a function of these and the key."""
+) -> Callable[..., Collected]:
+    """(policy, k, kl_scale = 1) -> the rollout of step k, scored and priced.
+
+    It is a function of these and the key.
+    """
     temperature = config.temperature
 
     @backend.keep
     @jax.jit
-    def prepare(model, reference, reward_model, rows, samples, gold):
+    def prepare(model, reference, reward_model, rows, samples, gold, kl_scale):
         rollout = complete_rollout(
             model, reference, rows, samples, pad_id=pad_id, temperature=temperature
         )
@@ -134,15 +163,17 @@ def make_collect(
             reward_model, rollout, normalization=normalization, missing_eos_score=missing
         )
         score = config.learned_weight * learned + config.judge_weight * gold
-        batch = price(algorithm, rollout, score, config)
+        batch = price(algorithm, rollout, score, config, kl_scale)
         mask, one = rollout.mask, jnp.ones_like(score)
         ended = rollout.finished.astype(jnp.float32)
         lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
         gap = jnp.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
         groups = jnp.std(score.reshape(-1, config.group_size), axis=1)
         every = jnp.ones_like(groups)
+        kl = mean(jnp.sum(gap, axis=1), one)
         metrics = {
-            "objective/kl": mean(jnp.sum(gap, axis=1), one),
+            "objective/kl": kl,
+            "objective/kl_coef": Mean(config.kl_coef * kl_scale, jnp.float32(1)),
             "objective/scores": mean(score, one),
             "reward/learned": mean(learned, one),
             "reward/judge": mean(gold, one),
@@ -152,9 +183,10 @@ def make_collect(
             "reward_std": mean(groups, every),
             "frac_reward_zero_std": mean((groups < 1e-6).astype(jnp.float32), every),
         }
-        return Collected(samples, rollout, score, batch, metrics)
+        following = next_kl_scale(kl_scale, kl.value, len(score), config)
+        return Collected(samples, rollout, score, batch, metrics, following)
 
-    def collect(model: Transformer, k: int) -> Collected:
+    def collect(model: Transformer, k: int, kl_scale: Any = 1.0) -> Collected:
         order = _prompt_order(len(prompts), config.prompts_per_step, config.seed, k)
         rows = np.repeat(prompts[order], config.group_size, axis=0)
         samples = generate(
@@ -167,7 +199,8 @@ def make_collect(
             pad_id=pad_id,
         )
         gold = np.zeros(len(rows), np.float32) if judged is None else judged(rows, samples)
-        return prepare(model, reference, reward_model, rows, samples, gold)
+        scale = jnp.asarray(kl_scale, jnp.float32)
+        return prepare(model, reference, reward_model, rows, samples, gold, scale)
 
     return collect
 
@@ -182,18 +215,17 @@ def make_forward(config: RLHFConfig, width: int) -> Callable[[Transformer, Polic
 
 
 def make_step(
-    config: RLHFConfig,
-    aim: Objective,
-    optimizer,
-    collect: Callable[[Transformer, int], Collected],
-    width: int,
+    config: RLHFConfig, aim: Objective, optimizer, collect: Callable[..., Collected], width: int
 ):
     """(state, k) -> (state, metrics): one rollout of `width` tokens at most, and its updates."""
     size, parts = config.prompts_per_step * config.group_size, config.accumulation
     update = make_train_step(make_forward(config, width), aim, optimizer, accumulation=parts)
 
     def step(state: TrainState, k: int):
-        _, _, _, batch, metrics = collect(state.model, k)
+        collected = collect(state.model, k, state.extra["kl_scale"])
+        batch, metrics = collected.batch, collected.metrics
+        extra = state.extra | {"kl_scale": collected.kl_scale}
+        state = dataclasses.replace(state, extra=extra)
         for epoch in range(config.epochs):
             for part in _minibatches(batch, size, config, k, epoch):
                 state, latest = update(state, part)

@@ -103,7 +103,7 @@ def sentence(gold: float, worst: Swap) -> str:
     """The verdict in words."""
     if worst.gap <= 0.05:
         return f"No stage holds this run back: no oracle adds more than 0.05 to gold {gold:.2f}."
-    text = f"The {worst.stage} costs most: with {worst.oracle} in its place gold goes from "
+    text = f"Most is lost at the {worst.stage}: with {worst.oracle} instead gold goes from "
     return f"{text}{worst.before:.2f} to {worst.after:.2f}.".replace("-", "−")
 
 

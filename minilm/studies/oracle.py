@@ -20,9 +20,8 @@ from minilm.losses.reduce import mean
 from minilm.model import Transformer
 from minilm.optim import make_optimizer
 from minilm.rollout import complete_rollout
-from minilm.stages.rlhf import Collected, make_step
+from minilm.stages.rlhf import Collected, make_step, start_state
 from minilm.studies import exact, plots
-from minilm.train import init_state
 
 STEPS, EVERY = 300, 5
 BETA = 0.25  # price of a nat
@@ -86,9 +85,10 @@ def train(name: str, task: Problem, config: RLHFConfig = SETTINGS, steps: int = 
         score = task.table[exact.place(samples.tokens, task.world.vocab)]
         batch = price(algorithm, rollout, score, config)
         metrics = {"objective/scores": mean(score, jnp.ones_like(score))}
-        return Collected(samples, rollout, score, batch, metrics)
+        return Collected(samples, rollout, score, batch, metrics, jnp.float32(1))
 
-    def collect(model, k: int) -> Collected:
+    def collect(model, k: int, kl_scale: Any) -> Collected:
+        del kl_scale  # fixed
         key = jax.random.fold_in(jax.random.key(config.seed), k)
         samples = generate(model, prompts, key, max_new_tokens=width, **ids)
         return prepare(model, task.reference, samples)
@@ -99,7 +99,7 @@ def train(name: str, task: Problem, config: RLHFConfig = SETTINGS, steps: int = 
         leaves = jax.tree.leaves(task.reference)
         start = _with_head(start, leaves)
     optimizer = make_optimizer(config.optimizer, steps)
-    state = init_state(start, optimizer)
+    state = start_state(start, optimizer)
     step = make_step(config, objective(algorithm, config), optimizer, collect, width)
     path = Course([], [], [])
     for k in range(steps + 1):
@@ -197,7 +197,7 @@ def draw(found: dict[str, Any]) -> bytes:
         ax.plot(best["kl"], best["reward"], "o", ms=3.5, color=plots.OTHER, label="best-of-n")
         ax.plot(row["kl"], row["reward"], ".-", color=plots.PROXY, ms=4, label=name)
         ax.plot(*found["optimum"].values(), "*", ms=12, color=plots.GOLD, label="its optimum")
-        ax.set(xlim=(-0.05, limit), title=f"{name}: {row['share']:.0%} of the optimum")
+        ax.set(xlim=(-0.05, limit), title=f"{name}: {row['share']:.0%}")
     for ax in axes[-1]:
         ax.set_xlabel("exact KL, nats")
     for row in axes:

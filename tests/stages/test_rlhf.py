@@ -15,7 +15,6 @@ from minilm.optim import make_optimizer
 from minilm.rewards import Normalization
 from minilm.stages import rlhf as s
 from minilm.text.tokenizer import train_tokenizer
-from minilm.train import init_state
 
 VOCAB, PAD, EOS = 9, 0, 1
 TINY = ModelConfig(
@@ -58,7 +57,7 @@ def make(name: str, config: RLHFConfig = CONFIG):
         key=jax.random.key(0), max_new_tokens=6, eos_id=EOS, pad_id=PAD,
     )  # fmt: skip
     step = s.make_step(config, s.objective(algorithm, config), optimizer, collect, 6)
-    return lambda: init_state(policy, optimizer), step, (reference, reward_model)
+    return lambda: s.start_state(policy, optimizer), step, (reference, reward_model)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -100,6 +99,17 @@ def test_a_run_of_steps(name, caplog):
     _, other = step(start(), 1)
     assert {key: float(mean.value) for key, mean in again.items()} == first
     assert float(other["objective/scores"].value) != first["objective/scores"]
+
+
+def test_the_price_of_a_nat_moves_towards_its_target_and_is_kept_in_the_state():
+    """KL starts at 0, below the target: the price falls by 0.2 · 16 / 100 a step."""
+    config = CONFIG.model_copy(update={"kl_target": 5.0, "kl_horizon": 100.0})
+    start, step, _ = make("rloo", config)
+    state, first = step(start(), 0)
+    state, second = step(state, 1)
+    assert float(first["objective/kl_coef"].value) == pytest.approx(0.02)
+    assert float(second["objective/kl_coef"].value) == pytest.approx(0.02 * 0.968)
+    assert float(state.extra["kl_scale"]) == pytest.approx(0.968**2, rel=1e-3)
 
 
 def test_a_reward_may_be_a_sum_and_its_parts_are_logged():
@@ -147,7 +157,7 @@ def test_every_prompt_comes_once_before_any_comes_again(count, per_step):
 
 
 def test_minibatches_partition_the_batch():
-    batch = PolicyBatch(*(jnp.arange(16) for _ in range(6)), None, None)
+    batch = PolicyBatch(*(jnp.arange(16) for _ in range(6)), None, None, jnp.arange(16))
     parts = [s._minibatches(batch, 16, CONFIG, k=0, epoch=e) for e in (0, 1)]
     for halves in parts:
         assert [len(half.tokens) for half in halves] == [8, 8]

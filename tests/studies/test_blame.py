@@ -11,7 +11,7 @@ from minilm.studies.blame import Swap, draw, render, sentence
 def test_the_stage_whose_oracle_adds_most_is_named():
     swap = Swap("reward model", "gold itself", 0.5, 2.0)
     said = sentence(0.4, swap)
-    assert said.startswith("The reward model costs most: with gold itself in its place")
+    assert said.startswith("Most is lost at the reward model: with gold itself instead")
     assert "from 0.50 to 2.00" in said
     assert "No stage" in sentence(0.4, Swap("start", "the grammar", 1.0, 1.04))
 
@@ -37,10 +37,10 @@ def test_a_tiny_run_is_taken_apart(tiny_copy, compiling_once, capsys):
 
 @pytest.mark.slow
 def test_three_injected_faults_are_found(tmp_path, processes):
-    """Votes that are flipped, a reward model of one layer, too few steps; some ten minutes."""
+    """Votes that are flipped, a reward model of one layer and 60 pairs, too few steps."""
     faults = {
         "labels": ["--preferences.raters", 1, "--preferences.flip-rate", 0.4],
-        "reward model": ["--reward.num-layers", 1, "--preferences.raters", 1000],
+        "reward model": ["--reward.num-layers", 1, "--preferences.max-pairs", 60],
         "optimiser": ["--rlhf.steps", 4],
     }
     base = tmp_path / "base"
