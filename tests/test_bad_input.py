@@ -104,6 +104,21 @@ def test_a_config_that_will_not_do_is_refused_before_anything_runs(
             [{"prompt": "a", "chosen": "b", "rejected": "c", "votes": 2, "votes_chosen": 3}],
             [":1: votes_chosen must lie between 0 and votes"],
         ),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "b"}],
+            [":1: 'chosen' and 'rejected' are the same text"],
+        ),
+        (
+            [{"prompt": p, "chosen": "b", "rejected": " "} for p in "ab"],
+            [":1: 'rejected' is empty", "leave such pairs out"],
+        ),
+        (
+            [
+                {"prompt": p, "chosen": "b", "rejected": "c", "votes": 2, "votes_chosen": 1}
+                for p in "ab"
+            ],
+            ["every pair is a tie", "2 pairs"],
+        ),
         ([], ["no preference pairs"]),
         (["{not json"], [":1: not JSON"]),
     ],

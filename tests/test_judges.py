@@ -1,8 +1,11 @@
 """Judges: the truth behind a name."""
 
+import sys
+
 import numpy as np
 import pytest
 
+from minilm import judges
 from minilm.config import Config, JudgeConfig
 from minilm.errors import UserError
 from minilm.judges import JUDGES, configured
@@ -37,9 +40,33 @@ def test_length_needs_a_target_of_words():
         judge("length", {"target": 0}, "judge")([""], [""])
 
 
+def test_regex_counts_matches_and_names_a_pattern_that_is_none():
+    score = judge("regex", {"pattern": r"\bkind\b"})
+    assert score(["kind"], ["kind, kindly and kind"]).tolist() == [2.0]
+    with pytest.raises(UserError, match="no regular expression"):
+        judge("regex", {"pattern": "("})([""], [""])
+
+
+def test_sentiment_knows_good_from_bad_and_that_not_turns_it():
+    score = judge("sentiment", {})
+    good, bad, turned, none = score([""] * 4, ["a lovely day", "a vile day", "not lovely", "a day"])
+    assert good > 0.5
+    assert bad < -0.5
+    assert turned < 0
+    assert none == 0
+
+
+def test_sentiment_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    judges._vader.cache_clear()
+    with pytest.raises(UserError, match="needs the package vaderSentiment"):
+        judge("sentiment", {})([""], [""])
+    judges._vader.cache_clear()
+
+
 @pytest.mark.parametrize("name", JUDGES)
 def test_every_row_gives_one_finite_score_each(name):
-    options = {"length": {"target": 5}}
+    options = {"length": {"target": 5}, "regex": {"pattern": "a"}}
     score = judge(name, options.get(name, {}), "judge")
     scores = score(["", "Once"], ["", " upon a time"])
     assert scores.shape == (2,)

@@ -14,6 +14,7 @@ from minilm.stages.workspace import Workspace
 from minilm.text.preferences import (
     Pair,
     bayes_rates,
+    check_worth_training_on,
     label_pairs,
     label_probabilities,
     pairs_from,
@@ -25,7 +26,7 @@ from minilm.text.prompts import prompt_sets
 def preferences(ws: Workspace) -> dict:
     """Writes train.jsonl, held_out.jsonl (split by prompt) and datasheet.json."""
     config = ws.config.preferences
-    pairs = from_file(Path(config.file)) if config.file else _simulated(ws)
+    pairs = users_pairs(Path(config.file)) if config.file else _simulated(ws)
     prompts = list(dict.fromkeys(p.prompt for p in pairs))
     if len(prompts) < 2:
         problem = "the pairs need at least two different prompts to be split by prompt"
@@ -75,6 +76,13 @@ def _simulated(ws: Workspace) -> list[Pair]:
     rng = np.random.default_rng((ws.config.seed, 23))
     raters = {"temperature": config.rater_temperature, "flip_rate": config.flip_rate}
     return label_pairs(prompts, grouped, scores, rng, raters=config.raters, **raters)
+
+
+def users_pairs(path: Path) -> list[Pair]:
+    """Pairs that somebody else has made; raises UserError where they will not do."""
+    pairs = from_file(path)
+    check_worth_training_on(pairs, str(path))
+    return pairs
 
 
 def from_file(path: Path) -> list[Pair]:

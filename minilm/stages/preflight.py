@@ -7,7 +7,7 @@ from minilm.choices import choose
 from minilm.config import Config
 from minilm.errors import UserError
 from minilm.judges import configured
-from minilm.stages.preferences import from_file
+from minilm.stages.preferences import users_pairs
 from minilm.stages.pretrain import LANGUAGE
 from minilm.stages.reward import PREFERENCE
 from minilm.terms import configured as configured_objective
@@ -35,7 +35,7 @@ def check(config: Config, todo: list[str]) -> None:
     for stage in aims.keys() & set(todo):
         configured_objective(aims[stage], stage, config, 10**6)
     if "preferences" in todo and config.preferences.file:
-        from_file(Path(config.preferences.file))
+        users_pairs(Path(config.preferences.file))
     elif "preferences" in todo and config.judge.name == "none":
         hint = "name a judge, or give your own pairs: --preferences.file FILE.jsonl"
         raise UserError("there is no judge to label pairs", where="judge.name", hint=hint)

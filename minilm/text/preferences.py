@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from minilm.config import PreferencesConfig
 from minilm.errors import UserError
+from minilm.text.formats import plain
 
 
 class Pair(NamedTuple):
@@ -95,15 +96,16 @@ NUMBERS = {"votes_chosen": int, "votes": int, "gold_chosen": REAL, "gold_rejecte
 
 
 def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
-    """Pairs from JSON objects, TRL's `{prompt, chosen, rejected}` included; extra keys are ignored.
+    """Pairs from JSON objects of the usual shapes (`formats.plain`); extra keys are ignored.
 
     Raises:
-      UserError: a missing field or a value of the wrong type, by line number.
+      UserError: a missing field, a value of the wrong type, or two completions that are the same,
+        by line number.
     """
     if not rows:
         raise UserError("no preference pairs", where=where)
     pairs = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(map(plain, rows), 1):
         place = f"{where}:{number}"
         for key in REQUIRED:
             if key not in row:
@@ -112,6 +114,9 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
                 raise UserError(problem, where=place, value=sorted(row), allowed=allowed)
             if not isinstance(row[key], str):
                 raise UserError(f"'{key}' must be a text", where=place, value=row[key])
+        if row["chosen"] == row["rejected"]:
+            problem = "'chosen' and 'rejected' are the same text: there is nothing to prefer"
+            raise UserError(problem, where=place, value=row["chosen"][:60])
         for key, kind in NUMBERS.items():
             value = row.get(key)
             if isinstance(value, bool) or not (value is None or isinstance(value, kind)):
@@ -125,3 +130,19 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
             raise UserError(problem, where=place, value=votes)
         pairs.append(pair)
     return pairs
+
+
+def check_worth_training_on(pairs: Sequence[Pair], where: str) -> None:
+    """Refuses what somebody else's file should not hold.
+
+    Raises:
+      UserError: an empty completion, by line number; pairs that are ties without exception.
+    """
+    for number, pair in enumerate(pairs, 1):
+        for key, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if not text.strip():
+                hint = "leave such pairs out: an empty completion shows the model nothing"
+                raise UserError(f"'{key}' is empty", where=f"{where}:{number}", hint=hint)
+    if all(2 * pair.votes_chosen == pair.votes for pair in pairs):
+        problem = "every pair is a tie: half of the votes for each, and nothing to learn"
+        raise UserError(problem, where=where, value=f"{len(pairs)} pairs")

@@ -163,6 +163,10 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
     [
         ({"prompt": "p", "chosen": "a"}, "missing field 'rejected'"),
         (GOOD | {"chosen": 3}, "'chosen' must be a text"),
+        (
+            GOOD | {"rejected": GOOD["chosen"]},
+            "'chosen' and 'rejected' are the same text: there is nothing to prefer",
+        ),
         (GOOD | {"votes": "5"}, "'votes' must be a number"),
         (GOOD | {"votes": True}, "'votes' must be a number"),
         (GOOD | {"votes_chosen": 2.5, "votes": 5}, "'votes_chosen' must be a number"),
