@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from minilm.choices import bind, choose
 from minilm.config import Config, TermConfig
 from minilm.errors import UserError
-from minilm.losses import language, policy, ranking, regularization
+from minilm.losses import language, policy, preference, ranking, regularization
 from minilm.objective import Objective, Penalty, Term, Weight
 
 type Values = Callable[..., Float[Array, "..."]]
@@ -52,6 +52,17 @@ def hinge(scores, batch, *, margin: float = 1.0):
     )
 
 
+def bradley_terry_smoothed(scores, batch, *, smoothing: float = 0.1):
+    """Votes drawn towards a tie, as of raters of whom a share says anything (label smoothing)."""
+    return preference.bradley_terry(*scores, label=(1 - smoothing) * batch.label + smoothing / 2)
+
+
+def bradley_terry_margin(scores, batch, *, margin: float = 1.0):
+    """A unanimous vote asks for a difference of `margin` first. Touvron et al. (2023), eq. 2."""
+    shift = margin * (2 * batch.label - 1)
+    return preference.bradley_terry(scores[0] - shift, scores[1], label=batch.label)
+
+
 def policy_entropy(outputs, batch):
     return outputs.entropy
 
@@ -67,7 +78,12 @@ TERMS: dict[str, dict[str, Values]] = {
         "repetition": repetition,
         "entropy": token_entropy,
     },
-    "reward": {"centering": centering, "hinge": hinge},
+    "reward": {
+        "centering": centering,
+        "hinge": hinge,
+        "bradley_terry_smoothed": bradley_terry_smoothed,
+        "bradley_terry_margin": bradley_terry_margin,
+    },
     "rlhf": {"entropy": policy_entropy, "reference_kl": reference_kl},
 }
 PENALTIES: dict[str, Callable[[Any], Float[Array, ""]]] = {
@@ -154,6 +170,8 @@ LOSS_OF = {
     "repetition": "unlikelihood",
     "centering": "squared_error",
     "hinge": "pairwise_hinge",
+    "bradley_terry_smoothed": "bradley_terry",
+    "bradley_terry_margin": "bradley_terry",
     "reference_kl": "kl_estimate",
     "kl": "kl_estimate",
     "clip_higher": "clipped_surrogate",

@@ -1,6 +1,7 @@
 """Terms that the config adds: their weights over the steps, and what is refused."""
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +119,22 @@ def test_penalties_are_of_the_parameters_alone():
     tree = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([[1.0]])}
     assert float(PENALTIES["l1"](tree)) == pytest.approx(8.0)
     assert float(PENALTIES["l2"](tree)) == pytest.approx(26.0, rel=1e-6)
+
+
+class Votes(NamedTuple):
+    label: jnp.ndarray
+
+
+def test_terms_of_pairs_by_hand():
+    """Softplus of minus the difference, where the label says 1; of both, weighed, elsewhere."""
+    scores = (jnp.array([2.0, 0.5]), jnp.array([1.0, 0.0]))
+    batch = Votes(jnp.array([1.0, 0.75]))
+    rows = TERMS["reward"]
+    first, second = np.logaddexp(0, -1.0), np.logaddexp(0, 1.0)
+    smoothed = rows["bradley_terry_smoothed"](scores, batch, smoothing=0.2)
+    assert float(smoothed[0]) == pytest.approx(0.9 * first + 0.1 * second, rel=1e-6)
+    margin = rows["bradley_terry_margin"](scores, batch, margin=1.0)
+    assert float(margin[0]) == pytest.approx(np.log(2))  # the difference is the margin
+    assert float(margin[1]) == pytest.approx(np.log(2))  # half of it is asked by a 3 to 1 vote
+    plain = rows["bradley_terry_margin"](scores, batch, margin=0.0)
+    np.testing.assert_allclose(plain, rows["bradley_terry_smoothed"](scores, batch, smoothing=0.0))

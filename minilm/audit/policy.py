@@ -137,7 +137,7 @@ def the_reference_is_frozen(setting: Setting) -> tuple[bool, str]:
     before = [[np.array(x) for x in jax.tree.leaves(m)] for m in frozen]
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, schedule="constant"), 1)
     width = setting.batch.mask.shape[1]
-    step = make_step(config, setting.objective, optimizer, lambda model, k: parts.collected, width)
+    step = make_step(config, setting.objective, optimizer, lambda *_: parts.collected, width)
     start = [np.array(x) for x in jax.tree.leaves(parts.start)]
     state, _ = step(start_state(parts.start, optimizer), 0)
     moved = any(
