@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Num
 from scipy.special import gammaln
 from scipy.stats import t as student
 
@@ -208,14 +208,27 @@ def best_of_n(
     return ordered.astype(np.float64) @ weights
 
 
+def best_of_doublings(
+    proxy: Float[np.ndarray, "P N"], gold: Float[np.ndarray, "P N"]
+) -> dict[str, list[float]]:
+    """`n` = 1, 2, 4 … N, and for each its `kl` and the mean `proxy` and `gold` of the best of n."""
+    counts = doublings(proxy.shape[1])
+    return {
+        "n": [float(n) for n in counts],
+        "kl": [best_of_n_kl(n) for n in counts],
+        "proxy": [float(best_of_n(proxy, proxy, n).mean()) for n in counts],
+        "gold": [float(best_of_n(proxy, gold, n).mean()) for n in counts],
+    }
+
+
 def _log_choose(a: Any, b: int) -> Any:
     return gammaln(a + 1) - gammaln(b + 1) - gammaln(np.maximum(a - b, 0) + 1)
 
 
-def doublings(limit: int) -> Int[np.ndarray, " L"]:
+def doublings(limit: int) -> list[int]:
     """1, 2, 4 … up to the limit.
 
-    >>> doublings(5).tolist()
+    >>> doublings(5)
     [1, 2, 4]
     """
-    return 2 ** np.arange(int(np.log2(limit)) + 1)
+    return [2**i for i in range(int(np.log2(limit)) + 1)]

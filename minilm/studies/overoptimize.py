@@ -22,9 +22,7 @@ from minilm.studies.curves import (
     Curve,
     Fit,
     best_budget,
-    best_of_n,
-    best_of_n_kl,
-    doublings,
+    best_of_doublings,
     falls,
     fit_seeds,
     gao_fit,
@@ -165,13 +163,7 @@ def summary(
         row["regret"] = peak - row["gold"]
     at_the_end = [float(c.gold[-1]) for c in whole]
     proxy, gold = (np.array(sampled[name], np.float64) for name in ("proxy", "gold"))
-    counts = doublings(proxy.shape[1])
-    best = {
-        "n": counts.tolist(),
-        "kl": [best_of_n_kl(int(n)) for n in counts],
-        "proxy": [float(best_of_n(proxy, proxy, int(n)).mean()) for n in counts],
-        "gold": [float(best_of_n(proxy, gold, int(n)).mean()) for n in counts],
-    }
+    best = best_of_doublings(proxy, gold)
     fitted = {
         name: gao_fit(
             np.array(best["kl"]), np.array(best[name]), best[name][0], "best_of_n"
@@ -206,7 +198,7 @@ def sentence(name: str, arm: dict[str, Any]) -> str:
     else:
         text = f"no fall of gold can be told from noise: {told} over {seeds} seeds, up to "
         text += f"KL {last['kl']:.1f}"
-    n, gold = arm["best_of_n"]["n"][-1], arm["best_of_n"]["gold"]
+    n, gold = int(arm["best_of_n"]["n"][-1]), arm["best_of_n"]["gold"]
     turn = "still rising" if gold[-1] >= max(gold) - 0.01 else "past its peak"
     return f"{name}: {text}; best of {n} reaches gold {gold[-1]:.2f}, {turn}.".replace("-", "−")
 

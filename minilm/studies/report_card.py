@@ -16,7 +16,7 @@ from minilm.stages.preferences import load_pairs
 from minilm.stages.reward import evaluate, score_texts, spearman
 from minilm.stages.workspace import Workspace
 from minilm.studies import plots
-from minilm.studies.curves import best_of_n, best_of_n_kl, doublings
+from minilm.studies.curves import best_of_doublings
 from minilm.text.batches import alone
 from minilm.text.corpora import Document
 from minilm.text.preferences import Pair, bayes_rates, label_probabilities
@@ -229,13 +229,7 @@ def search(scored: Scored, prompts: int) -> dict[str, Any]:
     """
     gold = np.asarray(scored.gold, np.float64).reshape(prompts, -1)
     proxy = scored.proxy.astype(np.float64).reshape(prompts, -1)
-    counts = doublings(gold.shape[1])
-    by_n = {
-        "n": counts.tolist(),
-        "kl": [best_of_n_kl(int(n)) for n in counts],
-        "proxy": [float(best_of_n(proxy, proxy, int(n)).mean()) for n in counts],
-        "gold": [float(best_of_n(proxy, gold, int(n)).mean()) for n in counts],
-    }
+    by_n = best_of_doublings(proxy, gold)
     best = int(np.argmax(by_n["gold"]))
     winners = proxy.argmax(axis=1)
     rank = np.array([(g < g[w]).mean() for g, w in zip(gold, winners, strict=True)])
@@ -254,8 +248,8 @@ def search(scored: Scored, prompts: int) -> dict[str, Any]:
         )
     return by_n | {
         "safe_kl": by_n["kl"][best],
-        "safe_n": by_n["n"][best],
-        "rising_to_the_last": best == len(counts) - 1,
+        "safe_n": int(by_n["n"][best]),
+        "rising_to_the_last": best == len(by_n["n"]) - 1,
         "share_of_traps": float((rank < 0.5).mean()),
         "traps": traps,
     }
