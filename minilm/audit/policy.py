@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minilm import backend
 from minilm.algorithms import ALGORITHMS
 from minilm.audit.checks import Checks, accumulation_is_the_whole_batch, close
 from minilm.audit.setting import Setting
@@ -21,7 +22,7 @@ FEW = 0.2  # of the completions are different: fewer, and the policy says one th
 
 
 def _outputs(setting: Setting, model, batch) -> Outputs:
-    return jax.jit(setting.forward)(model, batch)
+    return backend.keep(jax.jit(setting.forward))(model, batch)
 
 
 def the_loss_is_its_formula(setting: Setting) -> tuple[bool, str]:
@@ -107,7 +108,7 @@ def the_first_ratio_is_one(setting: Setting) -> tuple[bool, str]:
         config = setting.ws.config.rlhf.model_copy(update={"temperature": temperature})
         batch = setting.parts.collect(config)(setting.parts.start, 0).batch
         width = batch.mask.shape[1]
-        outputs = jax.jit(make_forward(config, width))(setting.parts.start, batch)
+        outputs = backend.keep(jax.jit(make_forward(config, width)))(setting.parts.start, batch)
         mask = np.asarray(batch.mask)
         worst.append(np.abs(np.exp(np.asarray(outputs.logprobs - batch.old_logprobs)) - 1)[mask])
     mean = max(float(x.mean()) for x in worst)

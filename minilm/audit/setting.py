@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minilm import backend
 from minilm.algorithms import ALGORITHMS, objective
 from minilm.choices import choose
 from minilm.config import RLHFConfig
@@ -44,7 +45,7 @@ class Setting(NamedTuple):
     def gradients(self, model: Any, batch: Any, directions, accumulation: int = 1):
         """Losses, totals, counts and a gradient a direction: see `minilm.train.make_gradients`."""
         found = make_gradients(self.forward, self.objective, accumulation)
-        return jax.jit(found)(model, batch, directions)
+        return backend.keep(jax.jit(found))(model, batch, directions)
 
     def loss(self, batch: Any) -> float:
         """What training would log for a batch."""

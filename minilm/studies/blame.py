@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -138,7 +137,6 @@ def _samplers(ws: Workspace) -> dict[str, float]:
         longest = ws.config.reward.max_tokens
         proxy = score_texts(evaluator.reward_model, ws.tokenizer, repeated, told, longest)
         found["grammar"] = _best(proxy, evaluator.judge(repeated, told), len(prompts))
-    jax.clear_caches()
     return found
 
 

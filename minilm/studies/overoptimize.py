@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
@@ -104,7 +103,6 @@ def _best_of(config: Config, folder: Path) -> None:
     rows = {"proxy": scored.proxy, "gold": scored.gold}
     shaped = {k: np.round(v.reshape(len(prompts), -1), 4).tolist() for k, v in rows.items()}  # pyright: ignore
     write_json(path, sizes | {"reward": reward} | shaped)
-    jax.clear_caches()
 
 
 def curve_of(run_folder: Path) -> Curve:
