@@ -22,7 +22,7 @@ from minilm.config import ModelConfig, OptimizerConfig, RLHFConfig
 from minilm.generate import Samples, generate
 from minilm.model import Transformer, sequence_score
 from minilm.objective import Term
-from minilm.rewards import Normalization
+from minilm.rewards import Normalization, RewardModel
 from minilm.stages import reward, rlhf
 from minilm.stages.policy import proxy_scores
 from minilm.stages.pretrain import LANGUAGE, forward
@@ -130,7 +130,7 @@ def with_head(model: Transformer) -> Transformer:
 
 
 @functools.cache
-def reward_model(seed: int, pays: str, pairs: int) -> tuple[Transformer, Normalization]:
+def reward_model(seed: int, pays: str, pairs: int) -> RewardModel:
     """Trained on Bradley-Terry votes of raters who see gold, contents alone, or length."""
     world = language(seed)
     rng = np.random.default_rng((seed, 2))
@@ -161,7 +161,8 @@ def reward_model(seed: int, pays: str, pairs: int) -> tuple[Transformer, Normali
         ))  # fmt: skip
         state, _ = comparing()(state, batch)
     scores = np.asarray(_scores(state.model, tokens[ended], segments[ended], last[ended]))
-    return state.model, Normalization(float(scores.mean()), float(max(scores.std(), 1e-6)))
+    scale = Normalization(float(scores.mean()), float(max(scores.std(), 1e-6)))
+    return RewardModel((state.model,), (scale,))
 
 
 _scores = jax.jit(sequence_score)
@@ -188,10 +189,11 @@ class Policy:
 def policy_run(recipe: Policy, seed: int) -> list[dict]:
     """Trains and returns the records as the stage would log them."""
     world, algorithm = language(seed), ALGORITHMS[recipe.algorithm]
-    scorer, normal = reward_model(seed, recipe.pays, recipe.pairs)
-    normal = Normalization(normal.mean - recipe.offset * normal.std, normal.std)
+    scorer = reward_model(seed, recipe.pays, recipe.pairs)
+    mean, std = scorer.scales[0]
+    scorer = RewardModel(scorer.members, (Normalization(mean - recipe.offset * std, std),))
     if recipe.blind:
-        scorer, normal = with_head(world.reference), Normalization(0.0, 1.0)
+        scorer = RewardModel((with_head(world.reference),), (Normalization(0.0, 1.0),))
     config = RLHFConfig(
         prompts_per_step=8, group_size=8, steps=STEPS, temperature=recipe.temperature,
         missing_eos_score=recipe.missing,
@@ -200,7 +202,7 @@ def policy_run(recipe: Policy, seed: int) -> list[dict]:
     )  # fmt: skip
     policy = with_head(world.reference) if algorithm.critic else world.reference
     collect = rlhf.make_collect(
-        config, algorithm, world.reference, scorer, normal, world.prompts,
+        config, algorithm, world.reference, scorer, world.prompts,
         key=jax.random.key(seed), max_new_tokens=ROOM, eos_id=EOS, pad_id=PAD,
     )  # fmt: skip
     aim = objective(algorithm, config)
@@ -214,7 +216,7 @@ def policy_run(recipe: Policy, seed: int) -> list[dict]:
 
     def evaluate(state) -> dict:
         samples = _sampled(state.model, prompts, seed + 100)
-        proxy = proxy_scores(scorer, prompts, samples, normal, config.missing_eos_score, PAD)
+        proxy = proxy_scores(scorer, prompts, samples, config.missing_eos_score, PAD)
         figures = {"proxy": proxy.mean()}
         if recipe.judge:
             gold, parses = gold_of(world.legal, prompts, samples, recipe.judge)

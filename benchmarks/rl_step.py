@@ -30,7 +30,7 @@ def prepare(config: Config, vocab: int, dtype: str, quick: bool) -> alternate.Pr
     from minilm.algorithms import ALGORITHMS, objective
     from minilm.model import Transformer
     from minilm.optim import make_optimizer
-    from minilm.rewards import Normalization
+    from minilm.rewards import Normalization, RewardModel
     from minilm.stages.rlhf import make_collect, make_step, start_state
 
     count, prompt, new = sizes(quick)
@@ -45,7 +45,8 @@ def prepare(config: Config, vocab: int, dtype: str, quick: bool) -> alternate.Pr
     prompts = np.random.default_rng(0).integers(2, vocab, (64, prompt)).astype(np.int32)
     # No token is -1, so that no completion ends early.
     ids: dict[str, Any] = {"max_new_tokens": new, "eos_id": -1, "pad_id": 0}
-    frozen = (model(0), model(1, scalar=True), Normalization(0.0, 1.0))
+    payer = RewardModel((model(1, scalar=True),), (Normalization(0.0, 1.0),))
+    frozen = (model(0), payer)
     collect = make_collect(rl, algorithm, *frozen, prompts, key=jax.random.key(0), **ids)
     optimizer = make_optimizer(rl.optimizer, 100_000)
     step = make_step(rl, objective(algorithm, rl), optimizer, collect, new)

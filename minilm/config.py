@@ -192,6 +192,7 @@ class RewardConfig(SupervisedConfig):
     """A scalar head on the pretrained model, Bradley-Terry loss."""
 
     num_layers: Positive | None = None  # of the pretrained model's, from the bottom; None: all
+    members: Positive = 1  # of an ensemble: models that differ in their head and order of batches
     epochs: Positive = 1
     max_tokens: Positive = 192  # of prompt and completion; longer pairs are left out
 
@@ -213,6 +214,9 @@ class RLHFConfig(LoopConfig):
     kl_horizon: Rate = 10_000.0  # completions; a run of few steps wants less
     # Early stopping: the last policy whose exact KL on the development prompts was within it.
     kl_budget: Rate | None = None
+    # How the members of a reward ensemble are one: "penalized" is mean - ensemble_penalty * std.
+    ensemble: Literal["mean", "worst", "penalized"] = "mean"
+    ensemble_penalty: NonNegative = 1.0
     # The reward is a weighted sum, its parts in standard deviations of the reference's completions.
     learned_weight: NonNegative = 1.0  # of the reward model
     judge_weight: NonNegative = 0.0  # of gold itself: an oracle, or a rule one wants kept

@@ -70,6 +70,13 @@ def sections(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return {name: functools.reduce(dict.__getitem__, name.split("."), document) for name in names}
 
 
+def defaults(config: Config) -> set[str]:
+    """Dotted keys that have their default's value."""
+    every = config.model_dump(mode="json")
+    given = config.model_dump(mode="json", exclude_defaults=True)
+    return dict(leaves(every)).keys() - dict(leaves(given)).keys()
+
+
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ, those of one side only included.
 

@@ -16,8 +16,9 @@ from minilm.errors import UserError
 from minilm.files import read_json, read_jsonl, write_jsonl
 from minilm.generate import stream
 from minilm.model import Transformer
+from minilm.rewards import RewardModel
 from minilm.stages.evaluate import sample, texts_of
-from minilm.stages.reward import load_normalization, score_texts
+from minilm.stages.reward import load_normalization, member_folders, paid_texts
 from minilm.stages.workspace import load_model
 from minilm.text.tokenizer import Tokenizer
 
@@ -106,13 +107,16 @@ class Run:
             told = f"{len(prompts)} prompts, {len(completions)} completions"
             raise UserError("each prompt needs one completion", value=told)
         found = checkpoint.find(self.path, ("reward",))
-        model, meta = load_model(found)
+        meta = checkpoint.metadata(found)
         if meta["stage"] != "reward":
             raise UserError("not a reward model", where=found, value=meta["stage"])
-        normalization = load_normalization(found.parents[1])
-        longest = self.config.reward.max_tokens
-        raw = score_texts(model, self.tokenizer, prompts, completions, longest)
-        return (raw - normalization.mean) / normalization.std
+        config = self.config
+        folders = member_folders(found.parents[1], config.reward.members)
+        members = (load_model(found)[0], *(load_model(checkpoint.find(f))[0] for f in folders[1:]))
+        scales = tuple(load_normalization(f) for f in folders)
+        payer = RewardModel(members, scales, config.rlhf.ensemble, config.rlhf.ensemble_penalty)
+        longest = config.reward.max_tokens
+        return paid_texts(payer, self.tokenizer, prompts, completions, longest)
 
 
 def score_command(path: Path, file: Path, out: Path | None) -> None:

@@ -1,8 +1,13 @@
 """What RLHF is paid by: the learned reward, read at end-of-text, in units of the reference."""
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from minilm.model import Transformer, sequence_score
@@ -16,12 +21,45 @@ class Normalization(NamedTuple):
     std: float
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["members"],
+    meta_fields=["scales", "combine", "penalty"],
+)
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """One reward model, or an ensemble whose members differ in their seed alone.
+
+    Attributes:
+      members: transformers with a scalar head.
+      scales: by which each member's raw reward becomes one in units of the reference.
+      combine: "mean"; "worst", the least of the members; "penalized", mean − penalty · standard
+        deviation over the members: Coste et al. (2023), arXiv:2310.02743, eq. 2 to 4 (which
+        subtract the variance).
+    """
+
+    members: tuple[Transformer, ...]
+    scales: tuple[Normalization, ...]
+    combine: str = "mean"
+    penalty: float = 1.0
+
+    def combined(self, raw: Sequence[Array | np.ndarray]) -> Float[Array, "B"]:
+        """Each member's raw rewards [B] as the one that pays."""
+        units = [
+            (jnp.asarray(x) - scale.mean) / scale.std
+            for x, scale in zip(raw, self.scales, strict=True)
+        ]
+        if len(units) == 1:
+            return units[0]
+        every = jnp.stack(units)
+        if self.combine == "worst":
+            return jnp.min(every, axis=0)
+        mean = jnp.mean(every, axis=0)
+        return mean if self.combine == "mean" else mean - self.penalty * jnp.std(every, axis=0)
+
+
 def learned_reward(
-    reward_model: Transformer,
-    rollout: Rollout,
-    *,
-    normalization: Normalization,
-    missing_eos_score: float | Array,
+    reward_model: RewardModel, rollout: Rollout, *, missing_eos_score: float | Array
 ) -> Float[Array, "B"]:
     """The proxy: reward model's score at each completion's end-of-text token, normalised.
 
@@ -30,6 +68,6 @@ def learned_reward(
     """
     length = jnp.sum(rollout.mask, axis=1)
     last = rollout.tokens.shape[1] - rollout.mask.shape[1] + length - 1
-    raw = sequence_score(reward_model, rollout.tokens, rollout.segments, last)
-    score = (raw - normalization.mean) / normalization.std
+    read = rollout.tokens, rollout.segments, last
+    score = reward_model.combined([sequence_score(m, *read) for m in reward_model.members])
     return jnp.where(rollout.finished, score, jnp.float32(missing_eos_score))

@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,11 +258,15 @@ def fingerprint(stage: Stage, config: Config, place: Place) -> tuple[dict, str]:
     stored, state = (done, "done") if done else (started, "started")
     if stored and stored["hash"] == made_from["hash"]:
         return made_from, state
+    keys = inputs = []
+    if stored:
+        keys = _changed(stored["sections"], config, stage.sections)
+        inputs = configfile.changed_keys(stored["inputs"], made_from["inputs"])
+        if not keys + inputs:
+            return made_from | {"hash": stored["hash"]}, state
     # What has only begun, and saved nothing, is begun again: its settings may have been mended.
     if not done and not any((folder / "checkpoints").glob("step_*")):
         return made_from, "new"
-    keys = configfile.changed_keys(stored["sections"], made_from["sections"])
-    inputs = configfile.changed_keys(stored["inputs"], made_from["inputs"])
     keys += [f"the input {name}" for name in inputs]
     raise UserError(
         f"stage {stage.name} was {state} with other settings; changed: {', '.join(keys)}",
@@ -270,6 +274,18 @@ def fingerprint(stage: Stage, config: Config, place: Place) -> tuple[dict, str]:
         hint=f"--redo {stage.name} remakes it and what follows (the old folder is kept); "
         "--out DIR starts another run",
     )
+
+
+def _changed(stored: dict, config: Config, names: Sequence[str]) -> list[str]:
+    """Keys of the named sections that differ from those stored.
+
+    A key that an older minilm did not have changes nothing while it has its default.
+    """
+    keys = configfile.changed_keys(
+        {name: stored[name] for name in names if name in stored}, configfile.sections(config, names)
+    )
+    known = dict(configfile.leaves(stored))
+    return [key for key in keys if key in known or key not in configfile.defaults(config)]
 
 
 def _files_read(stage: str, config: Config) -> dict[str, str]:
@@ -300,10 +316,7 @@ def _check_same_world(config: Config, init: Path) -> None:
     """The pretrained model's corpus, tokenizer and shape must be this config's."""
     names = ("seed", "corpus", "tokenizer", "model")
     stored = read_json(stage_folder(init, "pretrain") / "done.json")["sections"]
-    keys = configfile.changed_keys(
-        {k: stored[k] for k in names}, configfile.sections(config, names)
-    )
-    if keys:
+    if keys := _changed(stored, config, names):
         raise UserError(
             f"the pretrained model there was made with other settings: {', '.join(keys)}",
             where="--init",

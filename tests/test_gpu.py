@@ -17,7 +17,7 @@ from minilm.config import BackendConfig, ModelConfig, OptimizerConfig, RLHFConfi
 from minilm.generate import generate
 from minilm.model import Transformer
 from minilm.optim import make_optimizer
-from minilm.rewards import Normalization
+from minilm.rewards import Normalization, RewardModel
 from minilm.rollout import completion_outputs
 from minilm.stages.pretrain import LANGUAGE, forward
 from minilm.stages.rlhf import make_collect, make_step, start_state
@@ -105,8 +105,9 @@ def test_rlhf_raises_what_it_is_paid_for(name):
     frozen = (model(0), model(1, scalar_head=True))
     frozen[1].score[...] = jax.random.normal(jax.random.key(5), (64,))
     ids = {"max_new_tokens": 16, "eos_id": 1, "pad_id": 0}
+    payer = RewardModel((frozen[1],), (Normalization(0.0, 1.0),))
     collect = make_collect(
-        config, algorithm, *frozen, Normalization(0.0, 1.0), prompts, key=jax.random.key(0), **ids
+        config, algorithm, frozen[0], payer, prompts, key=jax.random.key(0), **ids
     )
     optimizer = make_optimizer(config.optimizer, 100)
     step = make_step(config, objective(algorithm, config), optimizer, collect, 16)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from minilm.config import ModelConfig
 from minilm.model import Transformer, sequence_score
-from minilm.rewards import Normalization, learned_reward
+from minilm.rewards import Normalization, RewardModel, learned_reward
 from minilm.rollout import Rollout
 
 PAD, EOS, WIDTH = 0, 1, 7
@@ -27,8 +27,13 @@ def reward_model() -> Transformer:
 
 
 MODEL = reward_model()
-pay = jax.jit(learned_reward, static_argnames=("normalization", "missing_eos_score"))
+pay = jax.jit(learned_reward, static_argnames="missing_eos_score")
 score = jax.jit(sequence_score)
+
+
+def of(*scales: Normalization, **how) -> RewardModel:
+    """An ensemble of members that differ in their scales alone."""
+    return RewardModel((MODEL,) * len(scales), scales, **how)
 
 
 def rollout(prompts, completions, *, prompt_width: int) -> Rollout:
@@ -58,8 +63,8 @@ def alone(prompt: list[int], completion: list[int]) -> float:
 def test_the_score_is_read_at_end_of_text_whatever_the_padding_and_the_batch(prompt_width):
     """trl#5338, reward-bench#94: a score read at padding moved with the batch's longest row."""
     found = pay(
-        MODEL, rollout(PROMPTS, COMPLETIONS, prompt_width=prompt_width),
-        normalization=UNIT, missing_eos_score=-3.0,
+        of(UNIT), rollout(PROMPTS, COMPLETIONS, prompt_width=prompt_width),
+        missing_eos_score=-3.0,
     )  # fmt: skip
     expected = [alone(p, c) for p, c in zip(PROMPTS[:3], COMPLETIONS[:3], strict=True)]
     np.testing.assert_allclose(found[:3], expected, atol=3e-5)
@@ -68,14 +73,36 @@ def test_the_score_is_read_at_end_of_text_whatever_the_padding_and_the_batch(pro
 
 def test_a_completion_without_end_gets_the_fixed_score_in_normalised_units():
     found = pay(
-        MODEL, rollout(PROMPTS, COMPLETIONS, prompt_width=4),
-        normalization=Normalization(5.0, 2.0), missing_eos_score=-3.0,
+        of(Normalization(5.0, 2.0)), rollout(PROMPTS, COMPLETIONS, prompt_width=4),
+        missing_eos_score=-3.0,
     )  # fmt: skip
     assert float(found[3]) == -3.0
 
 
 def test_scores_are_in_standard_deviations_of_the_reference():
     parts = rollout(PROMPTS, COMPLETIONS, prompt_width=4)
-    raw = pay(MODEL, parts, normalization=UNIT, missing_eos_score=-3.0)
-    found = pay(MODEL, parts, normalization=Normalization(5.0, 2.0), missing_eos_score=-3.0)
+    raw = pay(of(UNIT), parts, missing_eos_score=-3.0)
+    found = pay(of(Normalization(5.0, 2.0)), parts, missing_eos_score=-3.0)
     np.testing.assert_allclose(found[:3], (np.asarray(raw[:3]) - 5) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, lambda units: units.mean(0)),
+        ({"combine": "worst"}, lambda units: units.min(0)),
+        (
+            {"combine": "penalized", "penalty": 0.5},
+            lambda units: units.mean(0) - 0.5 * units.std(0),
+        ),
+    ],
+)
+def test_the_members_of_an_ensemble_are_one_in_units_of_their_own(how, expected):
+    """Raw levels are arbitrary: a worst case of raw rewards would be that of one member alone."""
+    scales = (Normalization(5.0, 2.0), Normalization(-100.0, 0.5), Normalization(0.1, 1.0))
+    parts = rollout(PROMPTS, COMPLETIONS, prompt_width=4)
+    raw = np.asarray(pay(of(UNIT), parts, missing_eos_score=-3.0), np.float64)
+    units = np.stack([(raw - mean) / std for mean, std in scales])
+    found = pay(of(*scales, **how), parts, missing_eos_score=-3.0)
+    np.testing.assert_allclose(found[:3], expected(units)[:3], rtol=1e-5)
+    assert float(found[3]) == -3.0

@@ -73,6 +73,22 @@ def test_finding_that_nothing_changed_does_without_jax(tiny, tiny_run):
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_a_key_that_an_older_version_lacked_changes_nothing_while_it_has_its_default(
+    tiny, tiny_run, tmp_path, processes
+):
+    """An upgrade asked for --redo of stages whose new keys nobody had set."""
+    out = tmp_path / "run"
+    shutil.copytree(tiny_run, out)
+    for name in ("done.json", "started.json"):
+        path = out / "rlhf" / name
+        stored = json.loads(path.read_text())
+        del stored["sections"]["rlhf"]["kl_budget"]
+        path.write_text(json.dumps(stored | {"hash": "of an older version"}))
+    assert "nothing changed" in processes("run", tiny, "--out", out).output
+    done = processes("run", tiny, "--out", out, "--rlhf.kl-budget=3.0")
+    assert "stage rlhf was done with other settings; changed: rlhf.kl_budget\n" in done.output
+
+
 @pytest.mark.parametrize(
     ("option", "stage"),
     [
@@ -153,7 +169,7 @@ def test_training_and_evaluation_use_prompts_of_their_own(tiny, tiny_copy, monke
     trained, asked = [], []
 
     def make_collect(*arguments, **options):
-        trained.extend(arguments[5])
+        trained.extend(arguments[4])
         return lambda model, k: None
 
     def fit(*arguments, evaluate, **options):

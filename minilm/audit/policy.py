@@ -13,7 +13,6 @@ from minilm.files import read_jsonl
 from minilm.optim import make_optimizer
 from minilm.rollout import Outputs
 from minilm.stages.policy import proxy_scores
-from minilm.stages.reward import load_normalization
 from minilm.stages.rlhf import make_forward, make_step, start_state
 from minilm.text.prompts import prompt_sets
 
@@ -82,11 +81,14 @@ def the_score_stands_on_end_of_text(setting: Setting) -> tuple[bool, str]:
     prompts = [ws.tokenizer.decode(row) for row in rows]
     texts = [ws.tokenizer.decode(t[m]) for t, m in zip(samples.tokens, samples.mask, strict=True)]
     longest = rows.shape[1] + width + 1
-    raw = score_texts(setting.parts.reward_model, ws.tokenizer, prompts, texts, longest)
-    scale = load_normalization(ws.stage("reward"))
-    expected = np.where(
-        samples.finished, (raw - scale.mean) / scale.std, ws.config.rlhf.missing_eos_score
-    )
+    payer, told = setting.parts.reward_model, (ws.tokenizer, prompts, texts, longest)
+    raw = [np.asarray(score_texts(m, *told), np.float64) for m in payer.members]
+    units = np.stack([(x - s.mean) / s.std for x, s in zip(raw, payer.scales, strict=True)])
+    low = {"mean": 0.0, "penalized": ws.config.rlhf.ensemble_penalty}
+    paid = units.min(0)
+    if payer.combine in low:
+        paid = units.mean(0) - low[payer.combine] * units.std(0)
+    expected = np.where(samples.finished, paid, ws.config.rlhf.missing_eos_score)
     # A text that another tokenisation gives back is another sequence: leave those out.
     same = [
         ws.tokenizer.encode(text) == t[m & (t != ws.tokenizer.eos_id)].tolist()
@@ -96,7 +98,7 @@ def the_score_stands_on_end_of_text(setting: Setting) -> tuple[bool, str]:
     found = np.asarray(collected.scores)[keep]
     passed, said = close(found, expected[keep], 4 * setting.tolerance)
     missing, pad = ws.config.rlhf.missing_eos_score, ws.tokenizer.pad_id
-    again = proxy_scores(setting.parts.reward_model, rows, samples, scale, missing, pad, 16)
+    again = proxy_scores(setting.parts.reward_model, rows, samples, missing, pad, 16)
     even, of_batch = close(again, collected.scores, 4 * setting.tolerance)
     return passed and even, f"{keep.sum()} texts scored anew: {said}; other batch size: {of_batch}"
 

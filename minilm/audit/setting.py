@@ -14,6 +14,7 @@ from minilm.choices import choose
 from minilm.config import RLHFConfig
 from minilm.model import Transformer
 from minilm.objective import Objective
+from minilm.rewards import RewardModel
 from minilm.stages import pretrain, reward, rlhf
 from minilm.stages.preferences import load_pairs
 from minilm.stages.workspace import Workspace
@@ -95,7 +96,7 @@ def of_reward(ws: Workspace) -> Setting:
 
 class Policy(NamedTuple):
     reference: Transformer
-    reward_model: Transformer
+    reward_model: RewardModel
     collect: Callable[[RLHFConfig], Callable[[Transformer, int], rlhf.Collected]]
     start: Transformer  # the policy before RLHF, and
     collected: rlhf.Collected  # its first rollout
@@ -107,7 +108,7 @@ def of_rlhf(ws: Workspace) -> Setting:
     """The first rollout, sampled anew from the policy that RLHF began with."""
     config, sizes = ws.config.rlhf, ws.config.prompts
     algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
-    reference, reward_model = ws.load("pretrain", scalar_head=False), ws.load("reward")
+    reference, reward_model = ws.load("pretrain", scalar_head=False), reward.load_reward_model(ws)
     start = ws.load("pretrain", scalar_head=algorithm.critic)
     collect = rlhf.collector(ws, reference, reward_model)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, rlhf.updates(config))

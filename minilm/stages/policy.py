@@ -13,10 +13,10 @@ from minilm.generate import Samples
 from minilm.judges import configured
 from minilm.losses.language import entropy, kl_divergence
 from minilm.model import Transformer, hidden_states, logits
-from minilm.rewards import Normalization, learned_reward
+from minilm.rewards import RewardModel, learned_reward
 from minilm.rollout import Rollout
 from minilm.stages.evaluate import batched, parse_report, sample, texts_of
-from minilm.stages.reward import load_normalization
+from minilm.stages.reward import load_reward_model
 from minilm.stages.workspace import Workspace
 from minilm.text.prompts import prompt_sets
 
@@ -39,8 +39,7 @@ class PolicyEvaluator:
         self.ws = ws
         self.judge = configured(ws.config)
         self.prompts = prompt_sets(ws.config, ws.tokenizer, ws.held_out())._asdict()
-        self.reward_model = ws.load("reward")
-        self.normalization = load_normalization(ws.stage("reward"))
+        self.reward_model = load_reward_model(ws)
         self.reference = ws.load("pretrain", scalar_head=False)
 
     @functools.cache  # noqa: B019  one evaluator a stage
@@ -78,7 +77,7 @@ class PolicyEvaluator:
         rows, samples = sample(model, tokenizer, prompts, key, **limits)
         texts = texts_of(samples, tokenizer)
         missing, pad = config.rlhf.missing_eos_score, tokenizer.pad_id
-        proxy = proxy_scores(self.reward_model, rows, samples, self.normalization, missing, pad)
+        proxy = proxy_scores(self.reward_model, rows, samples, missing, pad)
         gold = None if self.judge is None else self.judge(list(prompts), texts)
         return Scored(list(prompts), rows, samples, texts, proxy, gold)
 
@@ -127,10 +126,9 @@ class PolicyEvaluator:
 
 
 def proxy_scores(
-    reward_model: Transformer,
+    reward_model: RewardModel,
     rows: np.ndarray,
     samples: Samples,
-    normalization: Normalization,
     missing_eos_score: float,
     pad_id: int,
     batch_size: int = 64,
@@ -138,7 +136,7 @@ def proxy_scores(
     """The normalised learned reward of each completion, as RLHF is paid."""
 
     def part(*arrays):
-        return _proxy(reward_model, *arrays, normalization, missing_eos_score)
+        return _proxy(reward_model, *arrays, missing_eos_score)
 
     arrays = (*_joined(rows, samples, pad_id), samples.mask, samples.finished)
     return batched(part, arrays, batch_size)
@@ -152,12 +150,10 @@ def _joined(rows: np.ndarray, samples: Samples, pad_id: int) -> tuple[np.ndarray
 
 
 @jax.jit
-def _proxy(reward_model, tokens, segments, mask, finished, normalization, missing_eos_score):
+def _proxy(reward_model, tokens, segments, mask, finished, missing_eos_score):
     zeros = jnp.zeros(mask.shape, jnp.float32)
     rollout = Rollout(tokens, segments, mask, zeros, zeros, None, finished)
-    return learned_reward(
-        reward_model, rollout, normalization=normalization, missing_eos_score=missing_eos_score
-    )
+    return learned_reward(reward_model, rollout, missing_eos_score=missing_eos_score)
 
 
 @jax.jit

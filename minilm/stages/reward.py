@@ -16,7 +16,7 @@ from minilm.losses.preference import bradley_terry
 from minilm.model import Transformer, lowest_layers, sequence_score
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
-from minilm.rewards import Normalization
+from minilm.rewards import Normalization, RewardModel
 from minilm.stages.evaluate import batched, sample, texts_of
 from minilm.stages.preferences import load_pairs
 from minilm.stages.workspace import Workspace
@@ -73,9 +73,44 @@ PREFERENCE = Objective(
 
 def reward(ws: Workspace) -> dict:
     """Trains on the train pairs, evaluates on the held-out ones, stores the normalisation."""
-    config, folder, seed = ws.config.reward, ws.stage("reward"), ws.config.seed
     pairs, held_out = load_pairs(ws, "train"), load_pairs(ws, "held_out")
-    batches = Pairs(ws, pairs)
+    members, seconds, left_out = [], 0.0, 0
+    for number, folder in enumerate(member_folders(ws.stage("reward"), ws.config.reward.members)):
+        batches = Pairs(ws, pairs, number)
+        model, taken = _train(ws, batches, number, folder)
+        members, seconds, left_out = [*members, model], seconds + taken, batches.left_out
+        evaluation, scores = evaluate([model], held_out, ws)
+        if ws.config.preferences.file:  # completions of somebody else's
+            prompts = list(dict.fromkeys(p.prompt for p in held_out))
+            scores = _reference_scores(model, prompts, ws)
+        scale = Normalization(float(scores.mean()), float(max(scores.std(), 1e-6)))
+        write_json(folder / "evaluation.json", evaluation | {"normalization": scale._asdict()})
+    folder = ws.stage("reward")
+    if len(members) > 1:
+        evaluation, _ = evaluate(members, held_out, ws)
+        own = {"normalization": load_normalization(folder)._asdict()}
+        write_json(folder / "evaluation.json", evaluation | own)
+    stored = read_json(folder / "evaluation.json").items()
+    figures = {name: value for name, value in stored if not isinstance(value, list | dict)}
+    return figures | {"pairs_left_out": left_out, "seconds": seconds}
+
+
+def member_folders(folder: Path, members: int) -> list[Path]:
+    """Where an ensemble's members are: the first in the stage's own folder."""
+    return [folder, *(folder / f"member_{n}" for n in range(1, members))]
+
+
+def load_reward_model(ws: Workspace) -> RewardModel:
+    """What a finished reward stage pays with."""
+    names = [str(p) for p in member_folders(Path("reward"), ws.config.reward.members)]
+    scales = tuple(load_normalization(ws.stage(name)) for name in names)
+    how = ws.config.rlhf
+    return RewardModel(tuple(map(ws.load, names)), scales, how.ensemble, how.ensemble_penalty)
+
+
+def _train(ws: Workspace, batches: "Pairs", number: int, folder: Path) -> tuple[Transformer, float]:
+    """A member of the ensemble, by number, and the seconds it took."""
+    config, seed = ws.config.reward, ws.config.seed
     steps = batches.steps
     optimizer = make_optimizer(config.optimizer, steps)
     objective, balancing = configured(PREFERENCE, "reward", ws.config, steps), ws.config.balance
@@ -91,6 +126,7 @@ def reward(ws: Workspace) -> dict:
     # A random head sends gradient into the trunk from the first step on; a zero one would not.
     key = jax.random.fold_in(jax.random.key(seed), 32)
     width = model.config.embed_dim
+    key = jax.random.fold_in(key, number) if number else key
     model.score[...] = jax.random.normal(key, (width,)) * width**-0.5  # pyright: ignore
     state, record = fit(
         init_state(model, optimizer, objective, balancing),
@@ -104,14 +140,7 @@ def reward(ws: Workspace) -> dict:
         files={"tokenizer.json": ws.tokenizer_file},
         learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
     )
-    evaluation, scores = evaluate(state.model, held_out, ws)
-    if ws.config.preferences.file:  # completions of somebody else's
-        prompts = list(dict.fromkeys(p.prompt for p in held_out))
-        scores = _reference_scores(state.model, prompts, ws)
-    normalization = Normalization(float(scores.mean()), float(max(scores.std(), 1e-6)))
-    write_json(folder / "evaluation.json", evaluation | {"normalization": normalization._asdict()})
-    figures = {k: v for k, v in evaluation.items() if not isinstance(v, list)}
-    return figures | {"pairs_left_out": batches.left_out, "seconds": record["seconds"]}
+    return state.model, record["seconds"]
 
 
 class Pairs:
@@ -122,39 +151,38 @@ class Pairs:
       left_out: pairs with a text longer than `reward.max_tokens`.
     """
 
-    def __init__(self, ws: Workspace, pairs: Sequence[Pair]):
+    def __init__(self, ws: Workspace, pairs: Sequence[Pair], member: int = 0):
         config = ws.config.reward
         self._groups = _groups(pairs, ws.tokenizer, config.max_tokens)
-        self._size, self._shape, self._seed = (
-            config.batch_size,
-            _shape(self._groups),
-            ws.config.seed,
-        )
+        self._size, self._shape = config.batch_size, _shape(self._groups)
+        self._seed, self._member = ws.config.seed, (member,) if member else ()
         self._per_epoch = -(-len(self._groups) // self._size)
         self.steps = self._per_epoch * config.epochs
         self.left_out = len(pairs) - sum(len(group.pairs) for group in self._groups)
 
     def __getitem__(self, step: int) -> PairBatch:
         epoch, place = divmod(step, self._per_epoch)
-        order = np.random.default_rng((self._seed, 31, epoch)).permutation(len(self._groups))
+        rng = np.random.default_rng((self._seed, 31, epoch, *self._member))
+        order = rng.permutation(len(self._groups))
         places = order[place * self._size : (place + 1) * self._size]
         return _batch([self._groups[i] for i in places], self._size, self._shape)
 
 
 def evaluate(
-    model: Transformer, pairs: Sequence[Pair], ws: Workspace
+    members: Sequence[Transformer], pairs: Sequence[Pair], ws: Workspace
 ) -> tuple[dict, Float[np.ndarray, " N"]]:
     """The report card on held-out pairs, and the raw scores of their distinct completions.
 
     Accuracy and log-loss are expectations over one rater's label where its probability is known.
-    Accuracy's 95 % interval is over prompts; `reliability` holds (predicted, observed, count).
+    Accuracy's 95 % interval is over prompts; `reliability` holds (predicted, observed, count). An
+    ensemble is read by the mean of its raw scores.
     """
     prompts, longest = [p.prompt for p in pairs], ws.config.reward.max_tokens
     chosen, rejected = (
-        score_texts(model, ws.tokenizer, prompts, texts, longest)
+        mean_scores(members, ws.tokenizer, prompts, texts, longest)
         for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
     )
-    gap = (chosen - rejected).astype(np.float64)
+    gap = chosen - rejected
     p, _ = label_probabilities(pairs, ws.config.preferences)
     right = np.where(gap > 0, p, np.where(gap < 0, 1 - p, 0.5))
     losses = p * np.logaddexp(0, -gap) + (1 - p) * np.logaddexp(0, gap)
@@ -210,6 +238,30 @@ def score_texts(
 
 
 _scores = jax.jit(sequence_score)
+
+
+def mean_scores(
+    members: Sequence[Transformer],
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    max_tokens: int,
+) -> Float[np.ndarray, " N"]:
+    """Raw rewards [N], the mean over an ensemble's members, in nats of log-odds."""
+    told = tokenizer, prompts, completions, max_tokens
+    return np.mean([score_texts(m, *told).astype(np.float64) for m in members], axis=0)
+
+
+def paid_texts(
+    reward_model: RewardModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    max_tokens: int,
+) -> np.ndarray:
+    """Rewards [N] as RLHF pays them: normalised, an ensemble's members combined."""
+    told = tokenizer, prompts, completions, max_tokens
+    return np.asarray(reward_model.combined([score_texts(m, *told) for m in reward_model.members]))
 
 
 def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:

@@ -19,10 +19,10 @@ from minilm.losses.reduce import Mean, mean
 from minilm.model import Transformer
 from minilm.objective import Objective
 from minilm.optim import make_optimizer, schedule
-from minilm.rewards import Normalization, learned_reward
+from minilm.rewards import RewardModel, learned_reward
 from minilm.rollout import Outputs, Rollout, complete_rollout, completion_outputs
 from minilm.stages.evaluate import prompt_rows
-from minilm.stages.reward import load_normalization
+from minilm.stages.reward import load_reward_model
 from minilm.stages.workspace import Workspace
 from minilm.terms import configured
 from minilm.text.prompts import prompt_sets
@@ -46,7 +46,7 @@ def rlhf(
     algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
     optimizer = make_optimizer(config.optimizer, updates(config))
     policy = ws.load("pretrain", scalar_head=algorithm.critic)
-    reference, reward_model = ws.load("pretrain", scalar_head=False), ws.load("reward")
+    reference, reward_model = ws.load("pretrain", scalar_head=False), load_reward_model(ws)
     collect = collector(ws, reference, reward_model, judged)(config)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, updates(config))
     step = make_step(config, aim, optimizer, collect, sizes.max_new_tokens)
@@ -107,12 +107,11 @@ class Collected(NamedTuple):
 
 
 def collector(
-    ws: Workspace, reference: Transformer, reward_model: Transformer, judged: Judged | None = None
+    ws: Workspace, reference: Transformer, reward_model: RewardModel, judged: Judged | None = None
 ) -> Callable[[RLHFConfig], Callable[..., Collected]]:
     """A config's `collect` (see make_collect) on this run's RLHF prompts."""
     sizes, tokenizer = ws.config.prompts, ws.tokenizer
     prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).rlhf
-    normalization = load_normalization(ws.stage("reward"))
 
     def made(config: RLHFConfig):
         return make_collect(
@@ -120,7 +119,6 @@ def collector(
             choose(ALGORITHMS, config.algorithm, "rlhf.algorithm"),
             reference,
             reward_model,
-            normalization,
             prompt_rows(prompts, tokenizer, sizes.max_tokens),
             key=jax.random.fold_in(jax.random.key(ws.config.seed), 1000 + config.seed),
             max_new_tokens=sizes.max_new_tokens,
@@ -136,8 +134,7 @@ def make_collect(
     config: RLHFConfig,
     algorithm: Algorithm,
     reference: Transformer,
-    reward_model: Transformer,
-    normalization: Normalization,
+    reward_model: RewardModel,
     prompts: np.ndarray,
     *,
     key: jax.Array,
@@ -159,9 +156,7 @@ def make_collect(
             model, reference, rows, samples, pad_id=pad_id, temperature=temperature
         )
         missing = config.missing_eos_score
-        learned = learned_reward(
-            reward_model, rollout, normalization=normalization, missing_eos_score=missing
-        )
+        learned = learned_reward(reward_model, rollout, missing_eos_score=missing)
         score = config.learned_weight * learned + config.judge_weight * gold
         batch = price(algorithm, rollout, score, config, kl_scale)
         mask, one = rollout.mask, jnp.ones_like(score)

@@ -29,7 +29,7 @@ class Workspace:
 
     def stage(self, name: str) -> Path:
         """The folder of a stage, which may be another run's."""
-        if self.init and name in self.borrowed:
+        if self.init and name.partition("/")[0] in self.borrowed:
             return stage_folder(self.init, name)
         return self.out / name
 

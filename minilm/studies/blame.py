@@ -13,7 +13,7 @@ from minilm.errors import UserError
 from minilm.files import read_json, write_atomically, write_json
 from minilm.run import run
 from minilm.stages.policy import PolicyEvaluator
-from minilm.stages.reward import score_texts
+from minilm.stages.reward import paid_texts
 from minilm.stages.workspace import Workspace, open_run
 from minilm.studies import plots
 from minilm.studies.curves import best_of_n, best_of_n_kl
@@ -135,7 +135,7 @@ def _samplers(ws: Workspace) -> dict[str, float]:
         size = ws.config.corpus.size
         told = [complete(p, (ws.config.seed, 46, i), size=size) for i, p in enumerate(repeated)]
         longest = ws.config.reward.max_tokens
-        proxy = score_texts(evaluator.reward_model, ws.tokenizer, repeated, told, longest)
+        proxy = paid_texts(evaluator.reward_model, ws.tokenizer, repeated, told, longest)
         found["grammar"] = _best(proxy, evaluator.judge(repeated, told), len(prompts))
     return found
 

@@ -13,7 +13,7 @@ from minilm.model import Transformer, hidden_states, logits
 from minilm.stages.evaluate import document_losses
 from minilm.stages.policy import PolicyEvaluator, Scored
 from minilm.stages.preferences import load_pairs
-from minilm.stages.reward import evaluate, score_texts, spearman
+from minilm.stages.reward import evaluate, load_reward_model, mean_scores, paid_texts, spearman
 from minilm.stages.workspace import Workspace
 from minilm.studies import plots
 from minilm.studies.curves import best_of_doublings
@@ -36,9 +36,9 @@ def card(ws: Workspace, evaluator: PolicyEvaluator | None) -> dict[str, Any]:
       `correlations` of reward and gold with what gold should not care for; with a judge `probes`,
       `search` (best-of-n of the reference, its traps, the KL up to which gold rose with n).
     """
-    model, held_out = ws.load("reward"), load_pairs(ws, "held_out")
-    report, _ = evaluate(model, held_out, ws)
-    score = _scorer(model, ws)
+    members, held_out = load_reward_model(ws).members, load_pairs(ws, "held_out")
+    report, _ = evaluate(members, held_out, ws)
+    score = _scorer(members, ws)
     prompts = [p.prompt for p in held_out]
     gap = score(prompts, [p.chosen for p in held_out])
     gap = gap - score(prompts, [p.rejected for p in held_out])
@@ -63,11 +63,11 @@ def card(ws: Workspace, evaluator: PolicyEvaluator | None) -> dict[str, Any]:
     return out
 
 
-def _scorer(model: Transformer, ws: Workspace):
+def _scorer(members: Sequence[Transformer], ws: Workspace):
     longest = ws.config.reward.max_tokens
 
     def score(prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        return score_texts(model, ws.tokenizer, prompts, texts, longest).astype(np.float64)
+        return mean_scores(members, ws.tokenizer, prompts, texts, longest)
 
     return score
 
@@ -206,14 +206,18 @@ def _probes(scored: Scored, evaluator: PolicyEvaluator) -> list[dict[str, Any]]:
     """Probes on the first completion of each prompt, and on as many of the next as there are."""
     picked = range(0, len(scored.texts), 8)
     prompts, texts = [scored.prompts[i] for i in picked], [scored.texts[i] for i in picked]
-    score, judge = _scorer(evaluator.reward_model, evaluator.ws), evaluator.judge
-    scale = evaluator.normalization.std
+    ws, judge = evaluator.ws, evaluator.judge
     if judge is None:
         raise ValueError("probes compare the reward with gold: there must be a judge")
-    before, gold = score(prompts, texts), judge(prompts, texts)
+
+    def paid(told: list[str]) -> np.ndarray:
+        longest = ws.config.reward.max_tokens
+        return paid_texts(evaluator.reward_model, ws.tokenizer, prompts, told, longest)
+
+    before, gold = paid(texts), judge(prompts, texts)
     found = []
     for name, changed in spoilt(prompts, texts).items():
-        reward = (score(prompts, changed) - before) / scale
+        reward = paid(changed) - before
         worse = judge(prompts, changed) - gold
         fallen = worse < 0
         fooled = float((reward >= 0)[fallen].mean()) if fallen.any() else 0.0

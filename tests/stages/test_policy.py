@@ -12,7 +12,7 @@ from minilm import configfile
 from minilm.config import ModelConfig
 from minilm.generate import Samples
 from minilm.model import Transformer, hidden_states, logits, sequence_score
-from minilm.rewards import Normalization
+from minilm.rewards import Normalization, RewardModel
 from minilm.stages.policy import PolicyEvaluator, exact_kl, proxy_scores, win_rate
 from minilm.stages.workspace import Workspace
 
@@ -88,8 +88,9 @@ def test_the_proxy_is_the_normalised_score_at_end_of_text_whatever_the_batch():
         for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
     ]
     expected[1] = -3.0  # has no end
+    payer = RewardModel((model,), (Normalization(0.5, 2.0),))
     for size in (2, 64):
-        found = proxy_scores(model, rows, samples, Normalization(0.5, 2.0), -3.0, PAD, size)
+        found = proxy_scores(payer, rows, samples, -3.0, PAD, size)
         np.testing.assert_allclose(found, expected, atol=3e-5)
 
 

@@ -120,7 +120,7 @@ def report_on(pairs, scores: dict[str, float], ws, monkeypatch):
     monkeypatch.setattr(
         r, "score_texts", lambda m, t, prompts, texts, n: np.array([scores[x] for x in texts])
     )
-    return r.evaluate(MODEL, pairs, ws)
+    return r.evaluate([MODEL], pairs, ws)
 
 
 def test_the_report_card_by_hand(ws, monkeypatch):

@@ -12,7 +12,7 @@ from minilm.config import ModelConfig, OptimizerConfig, RLHFConfig, TokenizerCon
 from minilm.losses.reduce import Mean
 from minilm.model import Transformer
 from minilm.optim import make_optimizer
-from minilm.rewards import Normalization
+from minilm.rewards import Normalization, RewardModel
 from minilm.stages import rlhf as s
 from minilm.text.tokenizer import train_tokenizer
 
@@ -43,6 +43,10 @@ def arrays(model) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in flatten(model).items()}
 
 
+def payer(model) -> RewardModel:
+    return RewardModel((model,), (Normalization(0.0, 1.0),))
+
+
 def make(name: str, config: RLHFConfig = CONFIG):
     """What makes a state whose policy is the reference; a step; the frozen models."""
     algorithm = ALGORITHMS[name]
@@ -53,7 +57,7 @@ def make(name: str, config: RLHFConfig = CONFIG):
         policy.score[...] = np.zeros(16, np.float32)
     optimizer = make_optimizer(config.optimizer, 100)
     collect = s.make_collect(
-        config, algorithm, reference, reward_model, Normalization(0.0, 1.0), PROMPTS,
+        config, algorithm, reference, payer(reward_model), PROMPTS,
         key=jax.random.key(0), max_new_tokens=6, eos_id=EOS, pad_id=PAD,
     )  # fmt: skip
     step = s.make_step(config, s.objective(algorithm, config), optimizer, collect, 6)
@@ -120,7 +124,7 @@ def test_a_reward_may_be_a_sum_and_its_parts_are_logged():
 
     config = CONFIG.model_copy(update={"learned_weight": 0.5, "judge_weight": 2.0})
     reference, reward_model = random_model(0), random_model(1, scalar_head=True, scale=0.6)
-    frozen = (ALGORITHMS["rloo"], reference, reward_model, Normalization(0.0, 1.0), PROMPTS)
+    frozen = (ALGORITHMS["rloo"], reference, payer(reward_model), PROMPTS)
     ids = {"key": jax.random.key(0), "max_new_tokens": 6, "eos_id": EOS, "pad_id": PAD}
     both = s.make_collect(config, *frozen, **ids, judged=judged)(reference, 0)
     alone = s.make_collect(CONFIG, *frozen, **ids)(reference, 0)
