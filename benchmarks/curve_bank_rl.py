@@ -157,7 +157,8 @@ def reward_model(seed: int, pays: str, pairs: int) -> RewardModel:
         zero = np.zeros((32, 1), np.int32)
         batch = reward.PairBatch._make((
             tokens[both], segments[both], last[both], zero, zero + 1,
-            votes[n][:, None].astype(np.float32), np.ones((32, 1), np.float32),
+            votes[n][:, None].astype(np.float32), np.stack([votes[n], 1 - votes[n]], 1),
+            np.ones((32, 1), np.float32),
         ))  # fmt: skip
         state, _ = comparing()(state, batch)
     scores = np.asarray(_scores(state.model, tokens[ended], segments[ended], last[ended]))

@@ -13,7 +13,15 @@ from jaxtyping import Array, Float
 from minilm.choices import bind, choose
 from minilm.config import Config, TermConfig
 from minilm.errors import UserError
-from minilm.losses import language, policy, preference, ranking, regularization
+from minilm.losses import (
+    classification,
+    language,
+    policy,
+    preference,
+    ranking,
+    regression,
+    regularization,
+)
 from minilm.objective import Objective, Penalty, Term, Weight
 
 type Values = Callable[..., Float[Array, "..."]]
@@ -42,25 +50,64 @@ def token_entropy(logits, batch):
 
 def centering(scores, batch):
     """(r₁ + r₂)²: keeps rewards near 0. Eisenstein et al. (2023), arXiv:2312.09244, eq. 4."""
-    return (scores[0] + scores[1]).astype(jnp.float32) ** 2
+    return (scores.first + scores.second).astype(jnp.float32) ** 2
 
 
 def hinge(scores, batch, *, margin: float = 1.0):
     """A pair as a list of two, the one with more votes first."""
     return ranking.pairwise_hinge(
-        jnp.stack(scores, axis=-1), jnp.stack([batch.label, 1 - batch.label], -1), margin=margin
+        jnp.stack(scores[:2], axis=-1), jnp.stack([batch.label, 1 - batch.label], -1), margin=margin
     )
 
 
 def bradley_terry_smoothed(scores, batch, *, smoothing: float = 0.1):
     """Votes drawn towards a tie, as of raters of whom a share says anything (label smoothing)."""
-    return preference.bradley_terry(*scores, label=(1 - smoothing) * batch.label + smoothing / 2)
+    label = (1 - smoothing) * batch.label + smoothing / 2
+    return preference.bradley_terry(scores.first, scores.second, label=label)
 
 
 def bradley_terry_margin(scores, batch, *, margin: float = 1.0):
     """A unanimous vote asks for a difference of `margin` first. Touvron et al. (2023), eq. 2."""
     shift = margin * (2 * batch.label - 1)
-    return preference.bradley_terry(scores[0] - shift, scores[1], label=batch.label)
+    return preference.bradley_terry(scores.first - shift, scores.second, label=batch.label)
+
+
+def plackett_luce(scores, batch):
+    """The order of a prompt's completions as a whole, by their ratings."""
+    mask = _completions(batch) > 0
+    lowest = jnp.min(jnp.where(mask, batch.rating, jnp.inf), axis=-1, keepdims=True)
+    above = jnp.where(mask, batch.rating - lowest, 0.0)
+    return ranking.listmle(scores.every, above, mask=mask)
+
+
+def rating(scores, batch):
+    """Squared error to each completion's rating."""
+    return regression.squared_error(scores.every, batch.rating)
+
+
+def ordinal(scores, batch, *, levels: int = 5, low: float = 0.0, high: float = 1.0):
+    """Ratings from `low` to `high` as so many grades."""
+    grade = (levels - 1) * (batch.rating - low) / (high - low)
+    grades = jnp.clip(jnp.round(grade), 0, levels - 1).astype(jnp.int32)
+    return classification.ordinal(scores.every, grades, levels=levels)
+
+
+def language_model(scores, batch):
+    """Next tokens of all completions: Yang et al. (2024), arXiv:2406.10216, section 3.2."""
+    before, following = scores.logits[..., :-1, :], batch.tokens[..., 1:]
+    return language.next_token_cross_entropy(before, following)
+
+
+def _lists(batch):
+    return (jnp.sum(batch.weights, axis=-1) > 0).astype(jnp.float32)
+
+
+def _completions(batch):
+    return (batch.last > 0).astype(jnp.float32)
+
+
+def _tokens(batch):
+    return (batch.segments[..., 1:] > 0).astype(jnp.float32)
 
 
 def policy_entropy(outputs, batch):
@@ -83,8 +130,19 @@ TERMS: dict[str, dict[str, Values]] = {
         "hinge": hinge,
         "bradley_terry_smoothed": bradley_terry_smoothed,
         "bradley_terry_margin": bradley_terry_margin,
+        "plackett_luce": plackett_luce,
+        "rating": rating,
+        "ordinal": ordinal,
+        "language_model": language_model,
     },
     "rlhf": {"entropy": policy_entropy, "reference_kl": reference_kl},
+}
+# The elements' weights of terms whose elements are others than those of the stage's own.
+OVER: dict[str, Callable[[Any], Float[Array, "..."]]] = {
+    "plackett_luce": _lists,
+    "rating": _completions,
+    "ordinal": _completions,
+    "language_model": _tokens,
 }
 PENALTIES: dict[str, Callable[[Any], Float[Array, ""]]] = {
     "l1": regularization.l1,
@@ -107,7 +165,7 @@ def configured(own: Objective, stage: str, config: Config, steps: int) -> Object
     """A stage's own objective with what `[objective]` adds to it or weighs otherwise.
 
     Args:
-      own: its first term's weights of elements are those of the added terms.
+      own: its first term's weights of elements are those of the added terms, but for OVER.
       steps: optimizer steps of the stage, for the schedules.
     Raises:
       UserError: an unknown name or option; a term named for a stage that has none of the kind.
@@ -131,7 +189,7 @@ def configured(own: Objective, stage: str, config: Config, steps: int) -> Object
             penalties.append(Penalty(name, weight, PENALTIES[name]))
         else:
             values = bind(TERMS[stage], name, row.options, where)
-            terms[name] = Term(name, weight, values, own.terms[0].over)
+            terms[name] = Term(name, weight, values, OVER.get(name, own.terms[0].over))
     objective = Objective(tuple(terms.values()), tuple(penalties))
     if not objective.trained:
         raise UserError(
@@ -172,6 +230,9 @@ LOSS_OF = {
     "hinge": "pairwise_hinge",
     "bradley_terry_smoothed": "bradley_terry",
     "bradley_terry_margin": "bradley_terry",
+    "plackett_luce": "listmle",
+    "rating": "squared_error",
+    "language_model": "next_token_cross_entropy",
     "reference_kl": "kl_estimate",
     "kl": "kl_estimate",
     "clip_higher": "clipped_surrogate",

@@ -12,7 +12,7 @@ from minilm.configfile import load
 from minilm.errors import UserError
 from minilm.objective import Objective
 from minilm.stages.pretrain import LANGUAGE
-from minilm.stages.reward import PREFERENCE
+from minilm.stages.reward import PREFERENCE, Scores
 from minilm.terms import PENALTIES, TERMS, configured, scheduled
 from minilm.text.batches import Batch
 
@@ -127,7 +127,8 @@ class Votes(NamedTuple):
 
 def test_terms_of_pairs_by_hand():
     """Softplus of minus the difference, where the label says 1; of both, weighed, elsewhere."""
-    scores = (jnp.array([2.0, 0.5]), jnp.array([1.0, 0.0]))
+    pair = jnp.array([2.0, 0.5]), jnp.array([1.0, 0.0])
+    scores = Scores(*pair, jnp.stack(pair, 1), jnp.zeros((2, 2, 1, 3)))
     batch = Votes(jnp.array([1.0, 0.75]))
     rows = TERMS["reward"]
     first, second = np.logaddexp(0, -1.0), np.logaddexp(0, 1.0)

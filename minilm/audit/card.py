@@ -189,7 +189,7 @@ def _named(setting: Setting, ids: np.ndarray) -> list[tuple[int, str]]:
 
 def _heavy_pairs(setting: Setting, loss: np.ndarray) -> dict[str, float]:
     """By how the model orders a pair."""
-    first, second = (np.asarray(x) for x in setting.outputs(setting.batch))
+    first, second = (np.asarray(x) for x in setting.outputs(setting.batch)[:2])
     label = np.asarray(setting.batch.label)
     right, gap = (first > second) == (label > 0.5), np.abs(first - second)
     bands = {"narrowly": gap < 1, "clearly": (gap >= 1) & (gap < 3), "by far": gap >= 3}

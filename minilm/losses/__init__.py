@@ -35,6 +35,7 @@ LOSSES: dict[str, Callable[..., Array]] = {
         classification.focal,
         classification.hinge,
         classification.cost_sensitive,
+        classification.ordinal,
         ranking.pairwise_logistic,
         ranking.pairwise_hinge,
         ranking.listnet,

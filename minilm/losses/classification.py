@@ -251,6 +251,53 @@ def cost_sensitive(
     return jnp.sum(jax.nn.softmax(logits) * costs.astype(jnp.float32)[labels], axis=-1)
 
 
+def ordinal(
+    scores: Float[Array, "*batch"],
+    labels: Int[Array, "*batch"],
+    *,
+    levels: int = 7,
+    spacing: float = 1.0,
+) -> Float32[Array, "*batch"]:
+    """Ordinal regression: pays the surprise, in nats, at a grade on an ordered scale.
+
+    L(s, y) = −log [σ(θ_y − s) − σ(θ_{y−1} − s)];  θ_j = spacing (j − (levels − 2) / 2)
+
+    The score is where the thing stands on a line that thresholds cut into grades, the outermost
+    open: how far apart two grades are is not asked. Convex in the scores.
+
+    Use: where raters gave stars or a Likert scale, one answer at a time.
+    Rewards: a score between the thresholds of its grade.
+    Ignores: that raters use the scale differently, since the thresholds are the same for all.
+
+    Args:
+      scores: s, in nats of log-odds.
+      labels: grades y in [0, levels). Under jit one outside is taken for the nearest.
+      levels: grades, at least 2.
+      spacing: between neighbouring thresholds, in nats.
+    Returns:
+      Nats per element; at least 0.
+    Raises:
+      UserError: an option or a label (outside jit) out of range; shapes differ.
+    Reference:
+      McCullagh (1980), Regression Models for Ordinal Data, JRSS B 42(2), section 2 (proportional
+      odds), with thresholds that are given.
+
+    >>> print(ordinal(jnp.array([0.0, 1e4]), jnp.array([0, 1]), levels=2).round(4))
+    [0.6931 0.    ]
+    """
+    check_option("levels", float(levels), levels >= 2, "at least 2")
+    check_option("spacing", spacing, 0 < spacing < math.inf, "above 0, finite")
+    check_shape("labels", labels, scores.shape, "scores")
+    check_labels(labels, levels)
+    grades = jnp.clip(labels, 0, levels - 1).astype(jnp.float32)
+    upper = spacing * (grades - (levels - 2) / 2) - scores.astype(jnp.float32)
+    # σ(b) − σ(a) = σ(b) σ(−a) (1 − e^{a − b}), which does not cancel.
+    below = jnp.where(grades == levels - 1, 0.0, jax.nn.log_sigmoid(upper))
+    above = jnp.where(grades == 0, 0.0, jax.nn.log_sigmoid(spacing - upper))
+    inner = (grades > 0) & (grades < levels - 1)
+    return -(below + above + jnp.where(inner, math.log(-math.expm1(-spacing)), 0.0))
+
+
 def class_weights(
     counts: Real[Array, "C"],
     *,

@@ -189,6 +189,13 @@ PICTURES: dict[str, Picture] = {
             for c in (1, 5)
         },
     ),
+    "ordinal": Picture(
+        "score",
+        {
+            f"grade {y} of 0 … 4": _at(partial(classification.ordinal, levels=5), jnp.int32(y))
+            for y in (0, 2, 3, 4)
+        },
+    ),
     "pairwise_logistic": Picture(_MARGIN, {"": _of_two(ranking.pairwise_logistic, _BETTER_FIRST)}),
     "pairwise_hinge": Picture(
         _MARGIN,

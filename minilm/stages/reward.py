@@ -13,12 +13,13 @@ from jaxtyping import Array, Float, Int
 from minilm.errors import UserError
 from minilm.files import read_json, write_json
 from minilm.losses.preference import bradley_terry
-from minilm.model import Transformer, lowest_layers, sequence_score
+from minilm.model import Transformer, hidden_states, logits, lowest_layers, scalar, sequence_score
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.rewards import Normalization, RewardModel
 from minilm.stages.evaluate import batched, sample, texts_of
 from minilm.stages.preferences import load_pairs
+from minilm.stages.statistics import cluster_interval, reliability, spearman
 from minilm.stages.workspace import Workspace
 from minilm.terms import configured
 from minilm.text.preferences import Pair, label_probabilities
@@ -40,31 +41,47 @@ class PairBatch(NamedTuple):
     first: Int[Array, "M Q"]  # index into K
     second: Int[Array, "M Q"]
     label: Float[Array, "M Q"]  # share of votes for the first
+    rating: Float[Array, "M K"]  # the raters' own, else the share of votes that each has won
     weights: Float[Array, "M Q"]  # 0 at absent pairs
 
 
-def forward(model: Transformer, batch: PairBatch) -> tuple[Array, Array]:
-    """Scores of the first and second completion of every pair."""
+class Scores(NamedTuple):
+    """What the objective's terms read; what none of them does is not computed."""
+
+    first: Float[Array, "M Q"]
+    second: Float[Array, "M Q"]
+    every: Float[Array, "M K"]
+    logits: Float[Array, "M K T V"]  # of the next token
+
+
+def forward(model: Transformer, batch: PairBatch) -> Scores:
+    """Scores of each completion, and of the first and second of every pair."""
     tokens, segments = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments))
-    last = batch.last.reshape(-1)
-    scores = sequence_score(model, tokens, segments, last).reshape(batch.last.shape)
+    hidden = hidden_states(model, tokens, segments)
+    last = batch.last.reshape(-1)[:, None, None]
+    scores = scalar(model, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    scores = scores.reshape(batch.last.shape)
     at = functools.partial(jnp.take_along_axis, scores, axis=1)
-    return at(batch.first), at(batch.second)
+    told = logits(model, hidden).reshape(*batch.tokens.shape, -1)
+    return Scores(at(batch.first), at(batch.second), scores, told)
 
 
-def _right(scores, batch: PairBatch):
-    return ((scores[0] > scores[1]) == (batch.label > 0.5)).astype(jnp.float32)
+def _bradley_terry(scores: Scores, batch: PairBatch):
+    return bradley_terry(scores.first, scores.second, label=batch.label)
 
 
-def _margin(scores, batch: PairBatch):
-    return jnp.where(batch.label > 0.5, scores[0] - scores[1], scores[1] - scores[0])
+def _right(scores: Scores, batch: PairBatch):
+    return ((scores.first > scores.second) == (batch.label > 0.5)).astype(jnp.float32)
+
+
+def _margin(scores: Scores, batch: PairBatch):
+    gap = scores.first - scores.second
+    return jnp.where(batch.label > 0.5, gap, -gap)
 
 
 PREFERENCE = Objective(
     (
-        Term(
-            "bradley_terry", 1.0, lambda o, b: bradley_terry(*o, label=b.label), lambda b: b.weights
-        ),
+        Term("bradley_terry", 1.0, _bradley_terry, lambda b: b.weights),
         Term("accuracy", 0.0, _right, lambda b: b.weights),
         Term("margin", 0.0, _margin, lambda b: b.weights),
     )
@@ -186,7 +203,7 @@ def evaluate(
     p, _ = label_probabilities(pairs, ws.config.preferences)
     right = np.where(gap > 0, p, np.where(gap < 0, 1 - p, 0.5))
     losses = p * np.logaddexp(0, -gap) + (1 - p) * np.logaddexp(0, gap)
-    low, high = _cluster_interval(right, prompts)
+    low, high = cluster_interval(right, prompts)
     # Each pair is read both ways round, so that "chosen" itself tells the table nothing.
     predicted = 1 / (1 + np.exp(-np.concatenate([gap, -gap])))
     table = reliability(predicted, np.concatenate([p, 1 - p]))
@@ -280,41 +297,12 @@ def load_normalization(folder: Path) -> Normalization:
         raise UserError(problem, where=path, hint="--redo reward") from error
 
 
-def reliability(predicted: np.ndarray, observed: np.ndarray, bins: int = 10) -> list[tuple]:
-    """(mean prediction, mean outcome, count) of each equal-width bin that is not empty."""
-    places = np.minimum((predicted * bins).astype(int), bins - 1)
-    inside = [places == b for b in range(bins) if (places == b).any()]
-    return [(float(predicted[i].mean()), float(observed[i].mean()), int(i.sum())) for i in inside]
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation with mid-ranks for ties."""
-
-    def ranks(x):
-        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-    a, b = ranks(a), ranks(b)
-    if a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _cluster_interval(values: np.ndarray, clusters: Sequence[str]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean; whole prompts are drawn, since their pairs agree."""
-    names, index = np.unique(clusters, return_inverse=True)
-    totals = np.bincount(index, values)
-    counts = np.bincount(index)
-    draws = np.random.default_rng(0).integers(len(names), size=(2000, len(names)))
-    low, high = np.quantile(totals[draws].sum(1) / counts[draws].sum(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 class _Group(NamedTuple):
     """Encoded completions of one prompt and the pairs among them."""
 
     rows: list[list[int]]
     pairs: list[tuple[int, int, float]]  # first, second, label
+    ratings: list[float]
 
 
 def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> list[_Group]:
@@ -334,8 +322,21 @@ def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> lis
             several = dict.fromkeys(text for p in part for text in (p.chosen, p.rejected))
             index = {text: i for i, text in enumerate(several)}
             labels = [(index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part]
-            groups.append(_Group([rows(prompt, text) for text in index], labels))
+            encoded = [rows(prompt, text) for text in index]
+            groups.append(_Group(encoded, labels, _ratings(part, index)))
     return groups
+
+
+def _ratings(pairs: Sequence[Pair], index: dict[str, int]) -> list[float]:
+    """Of each completion: what its rater gave it, else the mean share of votes that it won."""
+    given, won = {}, [[] for _ in index]
+    for p in pairs:
+        share = p.votes_chosen / p.votes
+        won[index[p.chosen]].append(share)
+        won[index[p.rejected]].append(1 - share)
+        given |= {p.chosen: p.rating_chosen, p.rejected: p.rating_rejected}
+    known = all(rating is not None for rating in given.values())
+    return [given[t] if known else float(np.mean(won[i])) for t, i in index.items()]
 
 
 def _shape(groups: Sequence[_Group]) -> tuple[int, int, int]:
@@ -350,11 +351,13 @@ def _batch(groups: Sequence[_Group], size: int, shape: tuple[int, int, int]) -> 
     arrays = _right_pad(rows, size * k, width)
     first, second = np.zeros((2, size, q), np.int32)
     label, weights = np.zeros((2, size, q), np.float32)
+    rating = np.zeros((size, k), np.float32)
     for m, group in enumerate(groups):
+        rating[m, : len(group.ratings)] = group.ratings
         for n, (i, j, share) in enumerate(group.pairs):
             first[m, n], second[m, n], label[m, n], weights[m, n] = i, j, share, 1
     shaped = (x.reshape(size, k, *x.shape[1:]) for x in arrays)
-    return PairBatch._make((*shaped, first, second, label, weights))
+    return PairBatch._make((*shaped, first, second, label, rating, weights))
 
 
 def _right_pad(rows: Sequence[Sequence[int]], count: int, width: int):

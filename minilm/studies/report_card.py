@@ -13,7 +13,8 @@ from minilm.model import Transformer, hidden_states, logits
 from minilm.stages.evaluate import document_losses
 from minilm.stages.policy import PolicyEvaluator, Scored
 from minilm.stages.preferences import load_pairs
-from minilm.stages.reward import evaluate, load_reward_model, mean_scores, paid_texts, spearman
+from minilm.stages.reward import evaluate, load_reward_model, mean_scores, paid_texts
+from minilm.stages.statistics import spearman
 from minilm.stages.workspace import Workspace
 from minilm.studies import plots
 from minilm.studies.curves import best_of_doublings

@@ -22,6 +22,8 @@ class Pair(NamedTuple):
     votes: int = 1
     gold_chosen: float | None = None  # the judge's score, where there is a judge
     gold_rejected: float | None = None
+    rating_chosen: float | None = None  # a rater's own, where each completion was rated
+    rating_rejected: float | None = None
 
 
 def chosen_probability(
@@ -93,6 +95,7 @@ def rows_of(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 REQUIRED = ("prompt", "chosen", "rejected")
 REAL = int | float
 NUMBERS = {"votes_chosen": int, "votes": int, "gold_chosen": REAL, "gold_rejected": REAL}
+NUMBERS |= {"rating_chosen": REAL, "rating_rejected": REAL}
 
 
 def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:

@@ -16,6 +16,7 @@ from minilm.losses.classification import (
     focal,
     hinge,
     normalize_class_weights,
+    ordinal,
     soft_cross_entropy,
     softmax_cross_entropy,
 )
@@ -317,3 +318,18 @@ def test_an_unknown_method_is_refused():
     # Without the tests' import hook, which would object to the literal first.
     with pytest.raises(ValueError, match="must be one of 'inverse', 'effective', got 'root'"):
         inspect.unwrap(class_weights)(jnp.ones(2), method="root")
+
+
+@given(st.floats(-8, 8), st.integers(0, 4), st.floats(0.2, 4))
+def test_ordinal_against_float64(score, grade, spacing):
+    thresholds = spacing * (np.arange(4, dtype=np.float64) - 1.5)
+    below = np.concatenate([[0.0], 1 / (1 + np.exp(score - thresholds)), [1.0]])
+    out = ordinal(_one(score), jnp.array([grade]), levels=5, spacing=spacing)
+    expected = -np.log(below[grade + 1] - below[grade])
+    np.testing.assert_allclose(float(out[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_grades_of_a_score_are_a_distribution():
+    scores = jnp.repeat(jnp.linspace(-6, 6, 13)[:, None], 7, axis=1)
+    grades = jnp.broadcast_to(jnp.arange(7), (13, 7))
+    np.testing.assert_allclose(jnp.exp(-ordinal(scores, grades)).sum(1), 1.0, rtol=1e-5)

@@ -15,6 +15,7 @@ from minilm.model import Transformer
 from minilm.rewards import Normalization
 from minilm.stages import reward as r
 from minilm.stages.workspace import Workspace
+from minilm.terms import configured
 from minilm.text.preferences import Pair
 from minilm.text.tokenizer import train_tokenizer
 
@@ -160,40 +161,65 @@ def test_ties_count_half_and_votes_stand_in_for_gold(ws, monkeypatch):
     assert report["gold_correlation"] is None
 
 
-def test_the_interval_draws_whole_prompts(ws, monkeypatch):
-    """Pairs of one prompt agree: as if they were independent, the interval would be too narrow.
-
-    Ten prompts of 20 equal pairs: the standard error is that of ten numbers, not of 200.
-    """
-    rng = np.random.default_rng(0)
-    values = rng.uniform(0, 1, 10)
-    clusters = [f"prompt {i}" for i in range(10) for _ in range(20)]
-    low, high = r._cluster_interval(np.repeat(values, 20), clusters)
-    expected = 1.96 * values.std() / np.sqrt(10)
-    assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
-    assert low < values.mean() < high
+def batch_of(pairs):
+    groups = r._groups(pairs, TOKENIZER, max_tokens=32)
+    return r._batch(groups, len(groups), r._shape(groups))
 
 
-def test_reliability_by_hand():
-    predicted = np.array([0.05, 0.07, 0.55, 1.0])
-    observed = np.array([0.0, 1.0, 0.5, 1.0])
-    expected = [(0.06, 0.5, 2), (0.55, 0.5, 1), (1.0, 1.0, 1)]
-    for found, row in zip(r.reliability(predicted, observed), expected, strict=True):
-        assert found == pytest.approx(row)
+def test_a_completion_s_rating_is_its_rater_s_or_the_share_of_votes_it_won():
+    rating = batch_of(PAIRS).rating
+    # "c" won 4 of 5 against "de" and lost 2 of 5 against "fgh".
+    np.testing.assert_allclose(rating[0], [(0.8 + 0.4) / 2, 0.1, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(rating[1], [0.5, 0.5, 0.0], rtol=1e-6)  # no third one
+    stars = {"a": 5.0, "b": 2.0, "c": 3.0}
+    rated = [
+        Pair("a", x, y, rating_chosen=stars[x], rating_rejected=stars[y])
+        for x, y in (("a", "b"), ("c", "b"), ("a", "c"))
+    ]
+    np.testing.assert_array_equal(batch_of(rated).rating[0], [5.0, 2.0, 3.0])
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ([1, 2, 3], [10, 20, 90], 1.0),
-        ([1, 2, 3], [3, 2, 1], -1.0),
-        ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 1 - 6 * 4 / (5 * 24)),  # 1 − 6 Σd² / (n (n² − 1))
-        ([1, 1, 2, 3], [1, 2, 3, 4], 4.5 / math.sqrt(4.5 * 5)),  # mid-ranks 1.5 1.5 3 4
-        ([1, 1, 1], [1, 2, 3], 0.0),
-    ],
-)
-def test_spearman_by_hand(a, b, expected):
-    assert r.spearman(np.array(a), np.array(b)) == pytest.approx(expected)
+@pytest.mark.parametrize("name", ["plackett_luce", "rating", "ordinal", "language_model"])
+def test_terms_over_lists_completions_and_tokens(name):
+    """Each against its formula in float64, one list, completion or token at a time."""
+    batch = jax.tree.map(jnp.asarray, batch_of(PAIRS))
+    rows = {"objective": {name: {"weight": 2.0}, "bradley_terry": {"weight": 0.0}}}
+    config = Config.model_validate(rows)
+    objective = configured(r.PREFERENCE, "reward", config, 1)
+    outputs = jax.jit(r.forward)(MODEL, batch)
+    totals, counts = objective.totals(outputs, batch), objective.counts(batch)
+    scores, rating = np.asarray(outputs.every, np.float64), np.asarray(batch.rating)
+    real = [range(3), range(2), range(3)]
+    expected = []
+    for m, places in enumerate(real):
+        order = sorted(places, key=lambda i: -rating[m, i])
+        match name:
+            case "plackett_luce":
+                loss = 0.0
+                for n, i in enumerate(order):
+                    rivals = [j for j in order[n + 1 :] if rating[m, j] < rating[m, i]]
+                    loss += math.log(sum(math.exp(scores[m, j]) for j in (i, *rivals)))
+                    loss -= scores[m, i]
+                expected.append(loss)
+            case "rating":
+                expected += [(scores[m, i] - rating[m, i]) ** 2 for i in places]
+            case "ordinal":
+                edges = np.array([-np.inf, -1.5, -0.5, 0.5, 1.5, np.inf])
+                for i in places:
+                    below = 1 / (1 + np.exp(scores[m, i] - edges))
+                    grade = round(float(4 * rating[m, i]))
+                    expected.append(-math.log(below[grade + 1] - below[grade]))
+            case "language_model":
+                told = np.asarray(outputs.logits, np.float64)[m]
+                told -= np.log(np.exp(told).sum(-1, keepdims=True))
+                for i in places:
+                    ids = np.asarray(batch.tokens)[m, i, : int(batch.last[m, i]) + 1]
+                    expected += [-told[i, t, token] for t, token in enumerate(ids[1:])]
+    assert float(counts[name]) == len(expected)
+    np.testing.assert_allclose(float(totals[name]), sum(expected), rtol=2e-4)
+    np.testing.assert_allclose(
+        float(objective.loss(totals, counts)), 2 * np.mean(expected), rtol=2e-4
+    )
 
 
 def test_the_normalisation_is_read_back_and_its_absence_is_said(ws):
