@@ -1,10 +1,89 @@
 """Preference rows of the usual data sets as minilm's own: a prompt and two completions, as text."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from minilm.errors import UserError
+
 TURN = "\n\nAssistant:"  # of Anthropic/hh-rlhf: the answer begins after the last one
+
+
+def pairwise(rows: Sequence[dict[str, Any]], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row's place and the row; lists with ratings or ranks, and rated answers, as their pairs.
+
+    Known are lists (`prompt`, `completions` and `ratings`, higher is better, or `ranks`, 1 is best;
+    or openbmb/UltraFeedback's `instruction` and completions with a `response` and an
+    `overall_score`), and answers rated one by one (`prompt`, `completion`, `rating`), which are
+    compared with the others of their prompt. What is rated the same is no pair.
+
+    Raises:
+      UserError: texts and ratings that do not fit together, by line number.
+    """
+    answers: dict[str, list[tuple[str, float]]] = {}
+    for number, row in enumerate(rows, 1):
+        place = f"{where}:{number}"
+        if "completions" in row:
+            asked, rated = _rated_list(row, place)
+            yield from ((place, pair) for pair in _ordered(asked, rated))
+        elif "completion" in row and "rating" in row and "chosen" not in row:
+            prompt, text = plain_text(row.get("prompt", "")), plain_text(row["completion"])
+            answers.setdefault(prompt, []).append((text, _number(row["rating"], place)))
+        else:
+            yield place, row
+    for asked, rated in answers.items():
+        yield from ((where, pair) for pair in _ordered(asked, rated))
+
+
+def plain_text(value: Any) -> Any:
+    """A text, or a conversation as one."""
+    return _flat(value) if _messages(value) else value
+
+
+def _rated_list(row: dict[str, Any], place: str) -> tuple[str, list[tuple[str, float]]]:
+    texts = row["completions"]
+    asked = plain_text(row.get("prompt", row.get("instruction", "")))
+    if isinstance(texts, list) and texts and all(isinstance(c, dict) for c in texts):
+        ratings = [c.get("overall_score", c.get("rating")) for c in texts]
+        texts = [c.get("response", c.get("content")) for c in texts]
+    elif "ranks" in row:
+        ranks = row["ranks"]
+        ratings = [-x if _real(x) else x for x in ranks] if isinstance(ranks, list) else ranks
+    else:
+        ratings = row.get("ratings", row.get("scores"))
+    if not (isinstance(texts, list) and isinstance(ratings, list) and len(texts) == len(ratings)):
+        problem = "a list needs as many `ratings` (or `ranks`) as `completions`"
+        raise UserError(problem, where=place, value=sorted(row))
+    texts = [plain_text(t) for t in texts]
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError("a completion must be a text", where=place, value=text)
+    values = [_number(x, place) for x in ratings]
+    lowest = min(values, default=0.0) if "ranks" in row else 0.0
+    return asked, [(t, x - lowest) for t, x in zip(texts, values, strict=True)]
+
+
+def _number(value: Any, place: str) -> float:
+    if not _real(value):
+        raise UserError("a rating must be a finite number", where=place, value=value)
+    return float(value)
+
+
+def _real(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _ordered(asked: str, rated: Sequence[tuple[str, float]]) -> Iterator[dict[str, Any]]:
+    """The pairs of different texts with different ratings, the better one first."""
+    for (one, first), (other, second) in itertools.combinations(rated, 2):
+        if first == second or one == other:
+            continue
+        if second > first:
+            one, first, other, second = other, second, one, first
+        ratings = {"rating_chosen": first, "rating_rejected": second}
+        yield {"prompt": asked, "chosen": one, "rejected": other, **ratings}
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from minilm.config import PreferencesConfig
 from minilm.errors import UserError
-from minilm.text.formats import plain
+from minilm.text.formats import pairwise, plain
 
 
 class Pair(NamedTuple):
@@ -99,7 +99,7 @@ NUMBERS |= {"rating_chosen": REAL, "rating_rejected": REAL}
 
 
 def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
-    """Pairs from JSON objects of the usual shapes (`formats.plain`); extra keys are ignored.
+    """Pairs from JSON objects of the usual shapes (`formats`); extra keys are ignored.
 
     Raises:
       UserError: a missing field, a value of the wrong type, or two completions that are the same,
@@ -108,8 +108,8 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
     if not rows:
         raise UserError("no preference pairs", where=where)
     pairs = []
-    for number, row in enumerate(map(plain, rows), 1):
-        place = f"{where}:{number}"
+    for place, found in pairwise(rows, where):
+        row = plain(found)
         for key in REQUIRED:
             if key not in row:
                 allowed = "prompt, chosen, rejected; optional: " + ", ".join(NUMBERS)
@@ -132,6 +132,9 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
             problem, votes = "votes_chosen must lie between 0 and votes", pair[3:5]
             raise UserError(problem, where=place, value=votes)
         pairs.append(pair)
+    if not pairs:
+        problem = "no two completions of a prompt are rated differently: nothing to prefer"
+        raise UserError(problem, where=where, value=f"{len(rows)} rows")
     return pairs
 
 

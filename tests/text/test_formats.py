@@ -74,3 +74,60 @@ def test_a_row_of_no_known_shape_is_left_for_the_reader_to_name():
         pairs_from([row], "rows.jsonl")
     assert plain({"summaries": [1, 2], "choice": 0}) == {"summaries": [1, 2], "choice": 0}
     assert plain({"chosen": ["x"], "rejected": ["y"]})["chosen"] == ["x"]
+
+
+LISTS = {
+    "ratings": {"prompt": "p", "completions": ["a", "b", "c", "d"], "ratings": [1, 3, 2, 3]},
+    "ranks": {"prompt": "p", "completions": ["a", "b", "c", "d"], "ranks": [3, 1, 2, 1]},
+    "openbmb/UltraFeedback": {
+        "instruction": "p",
+        "completions": [
+            {"response": text, "overall_score": score}
+            for text, score in zip("abcd", (5.0, 8.5, 7.0, 8.5), strict=True)
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("row", LISTS.values(), ids=LISTS)
+def test_a_list_is_all_its_pairs_but_those_rated_the_same(row):
+    pairs = pairs_from([row], "rows.jsonl")
+    assert {(p.chosen, p.rejected) for p in pairs} == {
+        ("b", "a"), ("c", "a"), ("d", "a"), ("b", "c"), ("d", "c"),
+    }  # fmt: skip
+    assert all(p.prompt == "p" and p.rating_chosen > p.rating_rejected for p in pairs)
+
+
+def test_ranks_become_ratings_from_zero():
+    (pair,) = pairs_from([{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 4]}], "rows")
+    assert (pair.chosen, pair.rating_chosen, pair.rating_rejected) == ("a", 3.0, 0.0)
+
+
+def test_answers_rated_one_by_one_are_compared_within_their_prompt():
+    rows = [
+        {"prompt": "p", "completion": "a", "rating": 2},
+        {"prompt": "q", "completion": "c", "rating": 5},
+        {"prompt": [said("user", "p")], "completion": [said("assistant", "b")], "rating": 4},
+    ]
+    (pair,) = pairs_from(rows, "rows.jsonl")
+    assert (*pair[:3], pair.rating_chosen) == ("p", "b", "a", 4.0)
+    with pytest.raises(UserError, match="no two completions of a prompt are rated differently"):
+        pairs_from(rows[:2], "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completions": ["a", "b"]}, "as many `ratings`"),
+        ({"completions": ["a", "b"], "ratings": [1]}, "as many `ratings`"),
+        ({"completions": ["a", "b"], "ranks": 1}, "as many `ratings`"),
+        ({"completions": ["a", 3], "ratings": [1, 2]}, "a completion must be a text"),
+        ({"completions": ["a", "b"], "ratings": [1, "2"]}, "a rating must be a finite number"),
+        ({"completions": ["a", "b"], "ranks": [None, 2]}, "a rating must be a finite number"),
+        ({"completion": "a", "rating": float("nan")}, "a rating must be a finite number"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused_by_line(row, message):
+    with pytest.raises(UserError, match=message) as refused:
+        pairs_from([LISTS["ratings"], {"prompt": "p"} | row], "rows.jsonl")
+    assert "rows.jsonl:2" in str(refused.value)
