@@ -183,6 +183,16 @@ class PreferencesConfig(Section):
     rater_temperature: Rate = 1.0  # P(chosen) = sigmoid(gold difference / rater_temperature)
     raters: Positive = 5  # votes a pair; the label is their share
     flip_rate: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    # Differences up to about so many temperatures are called a tie: Rao and Kupper (1967).
+    tie_band: NonNegative = 0.0
+    # Raters may see otherwise than gold does: by another judge, with a liking for each word more,
+    # and for what is shown first (in temperatures; which is first is drawn anew for each rater).
+    rater_judge: str | None = None
+    length_bias: Finite = 0.0
+    position_bias: NonNegative = 0.0
+    coverage: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # share of the pairs that is labelled
+    )
     held_out: Share = 0.25  # of the prompts, for the reward model's evaluation
     max_pairs: Positive | None = None  # for training; None keeps all
     batch_size: Positive = 64  # of the sampler

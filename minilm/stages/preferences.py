@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from minilm.config import JudgeConfig
 from minilm.errors import UserError
 from minilm.files import read_jsonl, write_json, write_jsonl
 from minilm.judges import configured
@@ -45,15 +46,23 @@ def preferences(ws: Workspace) -> dict:
 
 
 def describe(pairs: list[Pair], ws: Workspace) -> dict:
-    """Bayes rates and agreement where the labels' probabilities are known, length bias."""
+    """Bayes rates and agreement where the labels' probabilities are known, duplicates, biases."""
     p, known = label_probabilities(pairs, ws.config.preferences)
     accuracy, log_loss = bayes_rates(p) if known else (None, None)
     gold = [g for pair in pairs for g in (pair.gold_chosen, pair.gold_rejected) if g is not None]
+    better = [
+        x.gold_chosen > x.gold_rejected
+        for x in pairs
+        if x.gold_chosen is not None and x.gold_rejected is not None
+    ]
     return {
         "bayes_accuracy": accuracy,
         "bayes_log_loss": log_loss,
         "votes_agreement": float(np.mean([x.votes_chosen / x.votes for x in pairs])),
         "expected_agreement": float((p**2 + (1 - p) ** 2).mean()) if known else None,
+        "duplicates": len(pairs) - len({(x.prompt, frozenset(x[1:3])) for x in pairs}),
+        "ties": float(np.mean([2 * x.votes_chosen == x.votes for x in pairs])),
+        "gold_chosen_better": float(np.mean(better)) if better else None,
         "longer_chosen": float(np.mean([len(x.chosen) > len(x.rejected) for x in pairs])),
         "gold_std": float(np.std(gold)) if gold else None,
     }
@@ -74,8 +83,23 @@ def _simulated(ws: Workspace) -> list[Pair]:
     scores = gold(repeated, texts).reshape(len(prompts), -1)
     grouped = [texts[i : i + config.completions] for i in range(0, len(texts), config.completions)]
     rng = np.random.default_rng((ws.config.seed, 23))
-    raters = {"temperature": config.rater_temperature, "flip_rate": config.flip_rate}
-    return label_pairs(prompts, grouped, scores, rng, raters=config.raters, **raters)
+    return label_pairs(prompts, grouped, scores, rng, config, _seen(ws, repeated, texts, scores))
+
+
+def _seen(ws: Workspace, prompts: list[str], texts: list[str], gold: np.ndarray):
+    """What raters judge by, [prompts, completions]; None where it is gold."""
+    config = ws.config.preferences
+    if config.rater_judge is None and not config.length_bias:
+        return None
+    seen = gold
+    if config.rater_judge is not None:
+        judge = JudgeConfig(name=config.rater_judge)
+        judged = configured(ws.config.model_copy(update={"judge": judge}))
+        if judged is None:
+            raise UserError("raters need a judge", where="preferences.rater_judge", value="none")
+        seen = judged(prompts, texts).reshape(gold.shape)
+    words = np.array([len(text.split()) for text in texts], np.float64).reshape(gold.shape)
+    return seen + config.length_bias * words
 
 
 def users_pairs(path: Path) -> list[Pair]:

@@ -24,17 +24,34 @@ class Pair(NamedTuple):
     gold_rejected: float | None = None
     rating_chosen: float | None = None  # a rater's own, where each completion was rated
     rating_rejected: float | None = None
+    seen_chosen: float | None = None  # what simulated raters judge by, where that is not gold
+    seen_rejected: float | None = None
 
 
 def chosen_probability(
-    gap: np.ndarray | np.floating | float, *, temperature: float, flip_rate: float
+    gap: np.ndarray | np.floating | float, raters: PreferencesConfig
 ) -> np.ndarray | np.floating:
-    """P(one rater prefers the first), Bradley and Terry (1952), with a share of flipped votes.
+    """Expected vote of one rater for the first: Bradley and Terry (1952), a share of it flipped.
 
-    (1 − f) σ(gap / temperature) + f (1 − σ(gap / temperature)).
+    (1 − f) p + f (1 − p);  p = σ(gap / temperature), and a tie is half a vote.
     """
-    clean = 0.5 * (1 + np.tanh(np.asarray(gap, np.float64) / (2 * temperature)))
-    return (1 - flip_rate) * clean + flip_rate * (1 - clean)
+    win, lose = _outcomes(gap, raters)
+    return win if not raters.tie_band else 0.5 * (1 + win - lose)
+
+
+def _outcomes(gap: Any, raters: PreferencesConfig) -> tuple[Any, Any]:
+    """P(the first wins) and P(the second wins); between them lies the tie."""
+    scaled = np.asarray(gap, np.float64) / raters.rater_temperature
+
+    def wins(x):
+        shown = (x + raters.position_bias, x - raters.position_bias)
+        return sum(0.5 * (1 + np.tanh((s - raters.tie_band) / 2)) for s in shown) / 2
+
+    win, lose = wins(scaled), wins(-scaled)
+    flip = raters.flip_rate
+    if not raters.tie_band:
+        lose = 1 - win  # exactly
+    return (1 - flip) * win + flip * lose, (1 - flip) * lose + flip * win
 
 
 def label_pairs(
@@ -42,26 +59,39 @@ def label_pairs(
     completions: Sequence[Sequence[str]],
     gold: np.ndarray,
     rng: np.random.Generator,
-    *,
-    temperature: float,
-    raters: int,
-    flip_rate: float,
+    raters: PreferencesConfig,
+    seen: np.ndarray | None = None,
 ) -> list[Pair]:
     """All pairs of each prompt's different completions, labelled by simulated raters.
 
-    The completion with more votes is `chosen`; a tie is drawn. `gold` is [prompts, completions].
+    The completion with more votes is `chosen`; a tie is drawn. Where raters may call a tie every
+    vote counts two, and a tie one for each.
+
+    Args:
+      gold: [prompts, completions].
+      seen: what the raters see instead, of the same shape; None: gold.
     """
-    pairs, dials = [], {"temperature": temperature, "flip_rate": flip_rate}
-    for prompt, texts, scores in zip(prompts, completions, gold, strict=True):
+    pairs, worth = [], 2 if raters.tie_band else 1
+    total = worth * raters.raters
+    for prompt, texts, scores, judged in zip(
+        prompts, completions, gold, gold if seen is None else seen, strict=True
+    ):
         for i, j in itertools.combinations(range(len(texts)), 2):
-            if texts[i] == texts[j]:
+            if texts[i] == texts[j] or (raters.coverage < 1 and rng.random() >= raters.coverage):
                 continue
-            votes = int(rng.binomial(raters, chosen_probability(scores[i] - scores[j], **dials)))
+            win, lose = _outcomes(judged[i] - judged[j], raters)
+            if raters.tie_band:
+                won, lost, _ = rng.multinomial(raters.raters, [win, lose, max(1 - win - lose, 0)])
+                votes = int(raters.raters + won - lost)
+            else:
+                votes = int(rng.binomial(raters.raters, win))
             tie_to_first = bool(rng.random() < 0.5)
-            if 2 * votes < raters or (2 * votes == raters and not tie_to_first):
-                i, j, votes = j, i, raters - votes
-            golds = (float(scores[i]), float(scores[j]))
-            pairs.append(Pair(prompt, texts[i], texts[j], votes, raters, *golds))
+            if 2 * votes < total or (2 * votes == total and not tie_to_first):
+                i, j, votes = j, i, total - votes
+            told = {"gold_chosen": float(scores[i]), "gold_rejected": float(scores[j])}
+            if seen is not None:
+                told |= {"seen_chosen": float(judged[i]), "seen_rejected": float(judged[j])}
+            pairs.append(Pair(prompt, texts[i], texts[j], votes, total, **told))
     return pairs
 
 
@@ -75,9 +105,14 @@ def label_probabilities(
     """
     if config.file or any(p.gold_chosen is None or p.gold_rejected is None for p in pairs):
         return np.array([p.votes_chosen / p.votes for p in pairs]), False
-    gap = np.array([p.gold_chosen - p.gold_rejected for p in pairs])  # pyright: ignore
-    dials = {"temperature": config.rater_temperature, "flip_rate": config.flip_rate}
-    return np.asarray(chosen_probability(gap, **dials)), True
+    seen = [_judged(p) for p in pairs]
+    return np.asarray(chosen_probability(np.array([a - b for a, b in seen]), config)), True
+
+
+def _judged(pair: Pair) -> tuple[float, float]:
+    """What raters judge a simulated pair by."""
+    seen = (pair.seen_chosen, pair.seen_rejected)
+    return (pair.gold_chosen, pair.gold_rejected) if None in seen else seen  # pyright: ignore
 
 
 def bayes_rates(p: Float[np.ndarray, " N"]) -> tuple[float, float]:
@@ -95,7 +130,7 @@ def rows_of(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 REQUIRED = ("prompt", "chosen", "rejected")
 REAL = int | float
 NUMBERS = {"votes_chosen": int, "votes": int, "gold_chosen": REAL, "gold_rejected": REAL}
-NUMBERS |= {"rating_chosen": REAL, "rating_rejected": REAL}
+NUMBERS |= {f"{kind}_{which}": REAL for kind in ("rating", "seen") for which in REQUIRED[1:]}
 
 
 def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:

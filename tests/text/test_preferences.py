@@ -18,20 +18,21 @@ from minilm.text.preferences import (
     rows_of,
 )
 
-CLEAN = {"temperature": 1.0, "flip_rate": 0.0}
-
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def labelled(gold, *, completions=None, seed=0, raters=1, **dials) -> list[Pair]:
+def labelled(gold, *, completions=None, seed=0, raters=1, seen=None, **dials) -> list[Pair]:
     gold = np.asarray(gold, float)
     texts = completions or [[f"story {j}" for j in range(gold.shape[1])]] * len(gold)
     prompts = [f"prompt {i}" for i in range(len(gold))]
-    return label_pairs(
-        prompts, texts, gold, np.random.default_rng(seed), raters=raters, **(CLEAN | dials)
-    )
+    config = PreferencesConfig(raters=raters, **dials)
+    return label_pairs(prompts, texts, gold, np.random.default_rng(seed), config, seen)
+
+
+def expected_vote(gap, **dials):
+    return chosen_probability(np.asarray(gap, float), PreferencesConfig(**dials))
 
 
 def within(count: int, expected: float, draws: int) -> bool:
@@ -41,14 +42,14 @@ def within(count: int, expected: float, draws: int) -> bool:
 
 
 def test_a_raters_probability_is_the_logistic_of_the_gap_over_the_temperature():
-    found = chosen_probability(np.array([0.0, 1.0, -3.0]), temperature=2.0, flip_rate=0.0)
+    found = expected_vote([0.0, 1.0, -3.0], rater_temperature=2.0)
     np.testing.assert_allclose(found, [0.5, sigmoid(0.5), sigmoid(-1.5)])
-    flipped = chosen_probability(np.array([2.0]), temperature=1.0, flip_rate=0.1)
+    flipped = expected_vote([2.0], flip_rate=0.1)
     np.testing.assert_allclose(flipped, 0.9 * sigmoid(2) + 0.1 * sigmoid(-2))
 
 
 def test_huge_gaps_do_not_overflow():
-    found = chosen_probability(np.array([1e6, -1e6]), temperature=1e-3, flip_rate=0.0)
+    found = expected_vote([1e6, -1e6], rater_temperature=1e-3)
     assert found.tolist() == [1.0, 0.0]
 
 
@@ -79,7 +80,7 @@ def test_the_chosen_one_has_the_votes():
 def test_votes_follow_bradley_and_terry(flip_rate):
     """The better one is chosen as often as its probability says, flips included."""
     count, gap = 4000, 1.5
-    pairs = labelled([[gap, 0.0]] * count, flip_rate=flip_rate, temperature=0.8)
+    pairs = labelled([[gap, 0.0]] * count, flip_rate=flip_rate, rater_temperature=0.8)
     p = sigmoid(gap / 0.8)
     p = (1 - flip_rate) * p + flip_rate * (1 - p)
     better = sum(x.chosen == "story 0" for x in pairs)
@@ -188,3 +189,43 @@ def test_a_bad_line_is_named_with_its_field(bad, said):
 def test_a_file_without_pairs_is_an_error():
     with pytest.raises(UserError, match="no preference pairs"):
         pairs_from([], "pairs.jsonl")
+
+
+def test_a_tie_is_half_a_vote_and_follows_rao_and_kupper():
+    """P(win) = σ(gap − band), P(loss) = σ(−gap − band), the rest is called a tie."""
+    count, band, gap = 4000, 0.8, 0.5
+    pairs = labelled([[gap, 0.0]] * count, tie_band=band)
+    votes = [p.votes_chosen if p.chosen == "story 0" else 2 - p.votes_chosen for p in pairs]
+    assert {p.votes for p in pairs} == {2}
+    win, loss = sigmoid(gap - band), sigmoid(-gap - band)
+    assert within(votes.count(2), count * win, count)
+    assert within(votes.count(0), count * loss, count)
+    assert within(votes.count(1), count * (1 - win - loss), count)
+    np.testing.assert_allclose(expected_vote(gap, tie_band=band), win + (1 - win - loss) / 2)
+    p, known = label_probabilities(pairs[:1], PreferencesConfig(tie_band=band))
+    assert known
+    sign = 1 if pairs[0].chosen == "story 0" else -1
+    np.testing.assert_allclose(p, expected_vote([sign * gap], tie_band=band))
+
+
+def test_a_liking_for_what_is_shown_first_blurs_and_does_not_turn():
+    found = expected_vote([0.0, 1.0], position_bias=2.0)
+    np.testing.assert_allclose(found, [0.5, (sigmoid(3.0) + sigmoid(-1.0)) / 2])
+
+
+def test_raters_vote_by_what_they_see_and_gold_stays_what_it_is():
+    seen = np.array([[0.0, 3.0]] * 200)
+    pairs = labelled([[1.0, -1.0]] * 200, raters=5, seen=seen)
+    assert np.mean([p.chosen == "story 1" for p in pairs]) > 0.9
+    assert all(p.gold_chosen == (1.0 if p.chosen == "story 0" else -1.0) for p in pairs)
+    p, known = label_probabilities(pairs, PreferencesConfig(raters=5))
+    assert known
+    chose_seen = np.array([p.chosen == "story 1" for p in pairs])
+    np.testing.assert_allclose(p, np.where(chose_seen, sigmoid(3.0), sigmoid(-3.0)))
+    again = pairs_from(rows_of(pairs), "train.jsonl")
+    assert again == pairs
+
+
+def test_coverage_is_the_share_of_pairs_that_is_labelled():
+    pairs = labelled([[0.0, 1.0, 2.0, 3.0]] * 500, coverage=0.3)
+    assert within(len(pairs), 0.3 * 3000, 3000)
