@@ -27,7 +27,7 @@ import numpy as np
 from minilm.errors import UserError
 from minilm.files import TEMPORARY, flush, write_atomically
 
-STAGES = ("pretrain", "reward", "rlhf")  # with checkpoints, in the order of a run
+STAGES = ("pretrain", "sft", "reward", "rlhf")  # with checkpoints, in the order of a run
 
 
 def save(

@@ -210,6 +210,7 @@ def _blame(name: str, words: list[str]) -> None:
 COMMANDS = {
     "run": Command(_run, "all stages in order; skips what is done, resumes what was interrupted"),
     "pretrain": Command(_run, "tokenizer and next-token training on the corpus"),
+    "sft": Command(_run, "supervised fine-tuning on examples of your own"),
     "preferences": Command(_run, "completions of the pretrained model, compared in pairs"),
     "reward": Command(_run, "reward model on the preferences"),
     "rlhf": Command(_run, "fine-tuning on the reward model"),

@@ -154,6 +154,15 @@ class PretrainConfig(SupervisedConfig):
     max_new_tokens: Positive = 160  # of a sample
 
 
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning on the user's own examples; left out where there are none."""
+
+    file: str | None = None  # JSON Lines: prompt and completion, messages, or text
+    epochs: Positive = 1
+    sequence_length: Annotated[int, Field(ge=8)] = 256  # examples are packed into such rows
+    held_out: Share = 0.1  # of the examples
+
+
 class PromptsConfig(Section):
     """Openings of held-out documents: disjoint sets, so nothing is tuned on what is reported."""
 
@@ -190,9 +199,7 @@ class PreferencesConfig(Section):
     rater_judge: str | None = None
     length_bias: Finite = 0.0
     position_bias: NonNegative = 0.0
-    coverage: Annotated[float, Field(gt=0, le=1)] = (
-        1.0  # share of the pairs that is labelled
-    )
+    coverage: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the pairs that is labelled
     held_out: Share = 0.25  # of the prompts, for the reward model's evaluation
     max_pairs: Positive | None = None  # for training; None keeps all
     batch_size: Positive = 64  # of the sampler
@@ -261,7 +268,7 @@ class TermConfig(Section):
     final_weight: Finite = 0.0  # which the schedule ends at
     begin: Natural = 0  # the step at which the weight starts to move
     end: Positive | None = None  # ... and has arrived ("step": jumps at begin); None: the last
-    stages: tuple[Literal["pretrain", "reward", "rlhf"], ...] = ()  # empty: all that know it
+    stages: tuple[Literal["pretrain", "sft", "reward", "rlhf"], ...] = ()  # empty: all that know it
     options: dict[str, str | int | float | bool] = {}  # of the loss
 
 
@@ -292,6 +299,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     backend: BackendConfig = BackendConfig()
     pretrain: PretrainConfig = PretrainConfig()
+    sft: SFTConfig = SFTConfig()
     prompts: PromptsConfig = PromptsConfig()
     judge: JudgeConfig = JudgeConfig()
     preferences: PreferencesConfig = PreferencesConfig()

@@ -1,5 +1,7 @@
 """What a config costs before anything runs: parameters, FLOPs, memory, minutes."""
 
+from pathlib import Path
+
 import jax
 from flax import nnx
 from rich.console import Console
@@ -45,6 +47,7 @@ def minutes(stage: str, config: Config, environment: dict) -> float:
     sampled = {
         "pretrain": config.pretrain.sample_count,
         "preferences": prompts.preferences * sampler.completions * (not sampler.file),
+        "sft": 0,
         "reward": 0,
         "rlhf": rl.steps * completions
         + evaluations * prompts.development
@@ -53,6 +56,7 @@ def minutes(stage: str, config: Config, environment: dict) -> float:
     trained = {
         "pretrain": config.pretrain.steps * config.pretrain.batch_size * length,
         "preferences": 0,
+        "sft": _sft_tokens(config),
         "reward": prompts.preferences * sampler.completions * config.reward.epochs * sequence,
         # An update, and two forward passes (reference, reward) at a third of its cost each.
         "rlhf": rl.steps * completions * sequence * (rl.epochs + 2 / 3),
@@ -61,6 +65,12 @@ def minutes(stage: str, config: Config, environment: dict) -> float:
     efficiency = TRAIN_EFFICIENCY if stage == "pretrain" else TUNE_EFFICIENCY
     seconds = trained * train / (efficiency * rate) + decoded / (DECODE_EFFICIENCY * rate)
     return (STARTUP_SECONDS + seconds) / 60
+
+
+def _sft_tokens(config: Config) -> int:
+    """From the file's size, at four bytes a token."""
+    path = Path(config.sft.file or "")
+    return config.sft.epochs * path.stat().st_size // 4 if path.is_file() else 0
 
 
 def model_command(config: Config) -> None:

@@ -22,7 +22,7 @@ from minilm.stages.reward import load_normalization, member_folders, paid_texts
 from minilm.stages.workspace import load_model
 from minilm.text.tokenizer import Tokenizer
 
-STAGES = ("reward", "pretrain", "rlhf")  # of a run: the last policy, else what there is
+STAGES = ("reward", "pretrain", "sft", "rlhf")  # of a run: the last policy, else what there is
 
 
 class Run:

@@ -20,52 +20,9 @@ from minilm.choices import choose, imported
 from minilm.config import Config
 from minilm.errors import UserError
 from minilm.files import read_json, stage_folder, write_atomically, write_json
+from minilm.pipeline import NAMES, Stage, stages_of
 
 console = Console(soft_wrap=True)
-
-
-class Stage(NamedTuple):
-    """A row of the pipeline.
-
-    Attributes:
-      needs: stages whose results it reads.
-      sections: of the config; with the needs' hashes and the files read they make its hash.
-      run: "module:function", taking a Workspace and returning the stage's summary.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    sections: tuple[str, ...]
-    run: str
-
-
-STAGES = (
-    Stage(
-        "pretrain",
-        (),
-        ("seed", "corpus", "tokenizer", "model", "backend", "pretrain", "objective", "balance"),
-        "minilm.stages.pretrain:pretrain",
-    ),
-    Stage(
-        "preferences",
-        ("pretrain",),
-        ("seed", "backend", "prompts", "judge", "preferences"),
-        "minilm.stages.preferences:preferences",
-    ),
-    Stage(
-        "reward",
-        ("pretrain", "preferences"),
-        ("seed", "backend", "reward", "objective", "balance"),
-        "minilm.stages.reward:reward",
-    ),
-    Stage(
-        "rlhf",
-        ("pretrain", "reward"),
-        ("seed", "backend", "prompts", "judge", "rlhf", "objective"),
-        "minilm.run:rlhf_and_evaluation",
-    ),
-)
-NAMES = tuple(stage.name for stage in STAGES)
 
 
 def run(
@@ -96,8 +53,10 @@ def run(
     if init is not None and not (stage_folder(init, "pretrain") / "done.json").exists():
         raise UserError("no finished pretrained model there", where="--init", value=str(init))
     borrowed = ("pretrain",) if init else ()
+    if init and (init / "sft" / "done.json").exists():
+        borrowed += ("sft",)
     if init and only == "rlhf" and not (out / "reward" / "done.json").exists():
-        borrowed = ("pretrain", "preferences", "reward")
+        borrowed = tuple(name for name in NAMES if name != "rlhf")
     with _locked(out):
         _run_locked(config, Place(out, init, borrowed), until, redo, only)
 
@@ -117,7 +76,7 @@ class Place(NamedTuple):
 
 def _run_locked(config, place: Place, until, redo, only) -> None:
     out, init, borrowed = place
-    chosen = _chosen(out, until, only)
+    chosen = _chosen(config, out, until, only)
     if init is not None:
         _check_same_world(config, init)
         chosen = [s for s in chosen if s.name != "pretrain"]
@@ -138,7 +97,9 @@ def _run_locked(config, place: Place, until, redo, only) -> None:
                 )
     plan = {}
     # Those built on too: a finished one that was made from other config is refused.
-    for stage in STAGES[bool(init) : NAMES.index(names[-1]) + 1]:
+    for stage in stages_of(config)[bool(init) :]:
+        if NAMES.index(stage.name) > NAMES.index(names[-1]):
+            break
         state = "new" if stage.name in remade else fingerprint(stage, config, place)[1]
         if stage.name in names:
             plan[stage.name] = state
@@ -209,12 +170,17 @@ def rlhf_and_evaluation(ws) -> dict:
     return trained | {name: figures.get(name) for name in plain}
 
 
-def _chosen(out: Path, until: str | None, only: str | None) -> list[Stage]:
+def _chosen(config: Config, out: Path, until: str | None, only: str | None) -> list[Stage]:
+    known = stages_of(config)
+    if config.sft.file is None and "sft" in (until, only):
+        hint = "--sft.file FILE.jsonl, each line with a prompt and a completion"
+        raise UserError("there are no examples to fine-tune on", where="sft.file", hint=hint)
     if only == "reward" and not (out / "preferences" / "done.json").exists():
-        return [s for s in STAGES if s.name in ("preferences", "reward")]
+        return [s for s in known if s.name in ("preferences", "reward")]
     if only is not None:
-        return [s for s in STAGES if s.name == only]
-    return list(STAGES[: NAMES.index(until) + 1]) if until else list(STAGES)
+        return [s for s in known if s.name == only]
+    last = NAMES.index(until) if until else len(NAMES)
+    return [s for s in known if NAMES.index(s.name) <= last]
 
 
 @contextlib.contextmanager
@@ -295,7 +261,9 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
         from minilm.text.corpora import matches
 
         paths = sorted({str(p) for pattern in config.corpus.files for p in matches(pattern)})
-    if stage == "preferences" and config.preferences.file:
+    if stage == "sft" and config.sft.file:
+        paths = [config.sft.file]
+    elif stage == "preferences" and config.preferences.file:
         paths = [config.preferences.file]
     elif stage in ("preferences", "rlhf") and ":" in config.judge.name:
         imported(config.judge.name, "judge.name")

@@ -118,13 +118,15 @@ def reference_kl(outputs, batch, *, estimator: str = "k3"):
     return policy.kl_estimate(outputs.logprobs, batch.ref_logprobs, estimator=estimator)  # pyright: ignore
 
 
+LANGUAGE: dict[str, Values] = {
+    "z_loss": z_loss,
+    "smoothing": smoothing,
+    "repetition": repetition,
+    "entropy": token_entropy,
+}
 TERMS: dict[str, dict[str, Values]] = {
-    "pretrain": {
-        "z_loss": z_loss,
-        "smoothing": smoothing,
-        "repetition": repetition,
-        "entropy": token_entropy,
-    },
+    "pretrain": LANGUAGE,
+    "sft": LANGUAGE,
     "reward": {
         "centering": centering,
         "hinge": hinge,

@@ -152,7 +152,7 @@ def the_reference_is_frozen(setting: Setting) -> tuple[bool, str]:
         for x, y in zip(jax.tree.leaves(model), old, strict=True)
     )
     # What a policy that has moved is compared with is the pretrained model still.
-    rollout, reference = parts.moved.batch, setting.ws.load("pretrain", scalar_head=False)
+    rollout, reference = parts.moved.batch, setting.ws.load(setting.ws.base, scalar_head=False)
     own, mask = _outputs(setting, reference, rollout).logprobs, np.asarray(rollout.mask)
     same, said = close(
         np.asarray(own)[mask], np.asarray(rollout.ref_logprobs)[mask], setting.tolerance

@@ -90,4 +90,4 @@ def _records(ws: Workspace, stage: str) -> list[dict]:
 
 
 def _loop(config: Config, stage: str):
-    return {"pretrain": config.pretrain, "reward": config.reward, "rlhf": config.rlhf}[stage]
+    return dict(config)[stage]

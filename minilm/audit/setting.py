@@ -108,8 +108,8 @@ def of_rlhf(ws: Workspace) -> Setting:
     """The first rollout, sampled anew from the policy that RLHF began with."""
     config, sizes = ws.config.rlhf, ws.config.prompts
     algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
-    reference, reward_model = ws.load("pretrain", scalar_head=False), reward.load_reward_model(ws)
-    start = ws.load("pretrain", scalar_head=algorithm.critic)
+    reference, reward_model = ws.load(ws.base, scalar_head=False), reward.load_reward_model(ws)
+    start = ws.load(ws.base, scalar_head=algorithm.critic)
     collect = rlhf.collector(ws, reference, reward_model)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, rlhf.updates(config))
     collected = collect(config)(start, 0)

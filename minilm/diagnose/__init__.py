@@ -101,7 +101,7 @@ def _verdict(name: str, found: Finding, curves: Curves, stage: str, config: str)
     if measured is not None:
         sign = 1 if "validation" in curves.series else -1
         best = best_step(measured.steps, sign * measured.values)
-    known = stage if stage in ("pretrain", "reward", "rlhf") else "pretrain"
+    known = stage if stage in ("pretrain", "sft", "reward", "rlhf") else "pretrain"
     best, twice = f"{max(best, 1):.0f}", f"{2 * curves.last_step:.0f}"
     words = {
         "stage": known,

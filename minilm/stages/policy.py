@@ -40,7 +40,7 @@ class PolicyEvaluator:
         self.judge = configured(ws.config)
         self.prompts = prompt_sets(ws.config, ws.tokenizer, ws.held_out())._asdict()
         self.reward_model = load_reward_model(ws)
-        self.reference = ws.load("pretrain", scalar_head=False)
+        self.reference = ws.load(ws.base, scalar_head=False)
 
     @functools.cache  # noqa: B019  one evaluator a stage
     def references(self, prompt_set: str) -> Scored:

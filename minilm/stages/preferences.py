@@ -78,7 +78,7 @@ def _simulated(ws: Workspace) -> list[Pair]:
     key = jax.random.fold_in(jax.random.key(ws.config.seed), 22)
     dials: dict[str, Any] = {"batch_size": config.batch_size, "temperature": config.temperature}
     dials |= {"max_prompt_tokens": sizes.max_tokens, "max_new_tokens": sizes.max_new_tokens}
-    _, samples = sample(ws.load("pretrain"), tokenizer, repeated, key, **dials)
+    _, samples = sample(ws.load(ws.base), tokenizer, repeated, key, **dials)
     texts = texts_of(samples, tokenizer)
     scores = gold(repeated, texts).reshape(len(prompts), -1)
     grouped = [texts[i : i + config.completions] for i in range(0, len(texts), config.completions)]

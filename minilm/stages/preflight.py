@@ -10,6 +10,7 @@ from minilm.judges import configured
 from minilm.stages.preferences import users_pairs
 from minilm.stages.pretrain import LANGUAGE
 from minilm.stages.reward import PREFERENCE
+from minilm.stages.sft import examples_of
 from minilm.terms import configured as configured_objective
 from minilm.terms import known_names
 
@@ -20,7 +21,7 @@ def check(config: Config, todo: list[str]) -> None:
     Raises:
       UserError: names the key.
     """
-    aims = {"pretrain": LANGUAGE, "reward": PREFERENCE}
+    aims = {"pretrain": LANGUAGE, "sft": LANGUAGE, "reward": PREFERENCE}
     if "rlhf" in todo:
         algorithm = choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
         if config.rlhf.group_size < 2 and not algorithm.critic:
@@ -34,6 +35,8 @@ def check(config: Config, todo: list[str]) -> None:
         choose(dict.fromkeys(known_names(aims)), name, f"objective.{name}")
     for stage in aims.keys() & set(todo):
         configured_objective(aims[stage], stage, config, 10**6)
+    if "sft" in todo:
+        examples_of(config)
     if "preferences" in todo and config.preferences.file:
         users_pairs(Path(config.preferences.file))
     elif "preferences" in todo and config.judge.name == "none":

@@ -137,7 +137,7 @@ def _train(ws: Workspace, batches: "Pairs", number: int, folder: Path) -> tuple[
     def step(state: TrainState, k: int):
         return update(state, batches[k])
 
-    model = ws.load("pretrain", scalar_head=True)
+    model = ws.load(ws.base, scalar_head=True)
     if config.num_layers is not None:
         model = lowest_layers(model, config.num_layers)
     # A random head sends gradient into the trunk from the first step on; a zero one would not.
@@ -234,7 +234,7 @@ def _reference_scores(model: Transformer, prompts: list[str], ws: Workspace) -> 
     key = jax.random.fold_in(jax.random.key(ws.config.seed), 33)
     longest = _rounded(max(map(len, tokenizer.encode_batch(prompts))) + 1)
     limits = {"max_prompt_tokens": longest, "max_new_tokens": sizes.max_new_tokens}
-    reference = ws.load("pretrain", scalar_head=False)
+    reference = ws.load(ws.base, scalar_head=False)
     texts = texts_of(sample(reference, tokenizer, prompts, key, **limits)[1], tokenizer)
     return score_texts(model, tokenizer, prompts, texts, ws.config.reward.max_tokens)
 

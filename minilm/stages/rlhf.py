@@ -45,8 +45,8 @@ def rlhf(
     config, sizes = ws.config.rlhf, ws.config.prompts
     algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
     optimizer = make_optimizer(config.optimizer, updates(config))
-    policy = ws.load("pretrain", scalar_head=algorithm.critic)
-    reference, reward_model = ws.load("pretrain", scalar_head=False), load_reward_model(ws)
+    policy = ws.load(ws.base, scalar_head=algorithm.critic)
+    reference, reward_model = ws.load(ws.base, scalar_head=False), load_reward_model(ws)
     collect = collector(ws, reference, reward_model, judged)(config)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, updates(config))
     step = make_step(config, aim, optimizer, collect, sizes.max_new_tokens)

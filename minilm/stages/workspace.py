@@ -34,6 +34,11 @@ class Workspace:
         return self.out / name
 
     @property
+    def base(self) -> str:
+        """The stage whose model writes the completions that are compared, and starts RLHF."""
+        return "sft" if self.config.sft.file else "pretrain"
+
+    @property
     def tokenizer_file(self) -> Path:
         return stage_folder(self.init or self.out, "tokenizer.json")
 

@@ -152,7 +152,7 @@ def completions(ws: Workspace, evaluator: PolicyEvaluator) -> str:
     algorithm = choose(ALGORITHMS, ws.config.rlhf.algorithm, "rlhf.algorithm")
     collect = collector(ws, evaluator.reference, evaluator.reward_model)(ws.config.rlhf)
     policy = ws.load("rlhf")
-    start = ws.load("pretrain", scalar_head=algorithm.critic)
+    start = ws.load(ws.base, scalar_head=algorithm.critic)
     columns = {
         name: _rows(collect(model, 0), ws.tokenizer, ws.config.rlhf.group_size, evaluator)
         for name, model in (("before", start), ("after", policy))

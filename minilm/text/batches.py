@@ -3,7 +3,7 @@
 import bisect
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,10 +48,12 @@ class Batches:
     filled with the first rows of the next.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, seed: int):
+    def __init__(
+        self, rows: Rows, *, batch_size: int, seed: int, make: Callable[[Rows], Batch] = batch_of
+    ):
         import grain  # two seconds: only where it is used
 
-        self.rows, self._size = rows, batch_size
+        self.rows, self._size, self._make = rows, batch_size, make
         # Row numbers, not rows: half the Python a row. Grain takes seeds of 32 bits.
         self._order = grain.MapDataset.range(len(rows)).shuffle(seed=seed % 2**32).repeat()
 
@@ -60,7 +62,7 @@ class Batches:
             raise IndexError(f"steps count from 0, got {step}")
         start = step * self._size
         chosen = np.array([self._order[start + i] for i in range(self._size)], np.int64)
-        return batch_of(self.rows[chosen])
+        return self._make(self.rows[chosen])
 
 
 def tokenize(

@@ -36,6 +36,35 @@ def pairwise(rows: Sequence[dict[str, Any]], where: str) -> Iterator[tuple[str, 
         yield from ((where, pair) for pair in _ordered(asked, rated))
 
 
+def example(row: dict[str, Any], place: str) -> tuple[str, str]:
+    """A row of supervised fine-tuning as a prompt, on which there is no loss, and a completion.
+
+    Known are TRL's `prompt` and `completion` (texts or conversations), `messages`, of which the
+    last is the completion, and `text`, which is one as a whole; and Alpaca's `instruction`, `input`
+    and `output`.
+
+    Raises:
+      UserError: none of these, or an empty completion, by line number.
+
+    >>> example({"messages": [{"role": "user", "content": "Hi"}, {"content": "Yes?"}]}, "a:1")
+    ('Hi', 'Yes?')
+    """
+    if "completion" in row:
+        prompt, completion = row.get("prompt", ""), row["completion"]
+    elif _messages(row.get("messages")):
+        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+    elif "output" in row:
+        asked = [row.get("instruction", ""), row.get("input")]
+        prompt, completion = "\n\n".join(str(x) for x in asked if x), row["output"]
+    else:
+        prompt, completion = "", row.get("text")
+    prompt, completion = plain_text(prompt), plain_text(completion)
+    if not (isinstance(prompt, str) and isinstance(completion, str) and completion.strip()):
+        allowed = "prompt and completion; messages; text; instruction, input and output"
+        raise UserError("no completion to learn", where=place, value=sorted(row), allowed=allowed)
+    return prompt, completion
+
+
 def plain_text(value: Any) -> Any:
     """A text, or a conversation as one."""
     return _flat(value) if _messages(value) else value
@@ -150,6 +179,6 @@ def _messages(value: Any) -> bool:
 
 def _flat(messages: Sequence[dict[str, Any]]) -> str:
     """Contents, a blank line between turns; who speaks is told where several turns are."""
-    if len(messages) == 1:
-        return messages[0]["content"]
+    if len(messages) < 2:
+        return "" if not messages else messages[0]["content"]
     return "\n\n".join(f"{m.get('role', 'user')}: {m['content']}" for m in messages)

@@ -1,0 +1,117 @@
+"""Supervised fine-tuning: next-token cross-entropy on the completions of a user's examples."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from minilm.config import Config
+from minilm.errors import UserError
+from minilm.files import read_jsonl
+from minilm.optim import make_optimizer, schedule
+from minilm.stages.evaluate import batched
+from minilm.stages.pretrain import LANGUAGE, forward
+from minilm.stages.workspace import Workspace
+from minilm.terms import configured
+from minilm.text.batches import Batch, Batches, batch_of, pack
+from minilm.text.formats import example
+from minilm.text.tokenizer import Tokenizer
+from minilm.train import TrainState, fit, init_state, make_train_step
+
+
+def sft(ws: Workspace) -> dict:
+    """Trains the pretrained model on the examples. Returns the stage's summary."""
+    config, seed = ws.config.sft, ws.config.seed
+    examples = examples_of(ws.config)
+    order = np.random.default_rng((seed, 11)).permutation(len(examples))
+    count = min(max(1, round(config.held_out * len(examples))), len(examples) - 1)
+    held_out, train = (
+        packed([examples[i] for i in part], ws.tokenizer, config.sequence_length)
+        for part in (order[:count], order[count:])
+    )
+    steps = -(-len(train) * config.epochs // config.batch_size)
+    optimizer = make_optimizer(config.optimizer, steps)
+    objective, balancing = configured(LANGUAGE, "sft", ws.config, steps), ws.config.balance
+    parts = {"accumulation": config.accumulation, "balancing": balancing}
+    update = make_train_step(forward, objective, optimizer, **parts)
+    make = functools.partial(completions_of, vocab_size=ws.tokenizer.vocab_size)
+    batches = Batches(train, batch_size=config.batch_size, seed=seed, make=make)
+
+    def step(state: TrainState, k: int):
+        return update(state, batches[k])
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        def sums(rows):
+            return _sums(state.model, make(rows))
+
+        loss, right, tokens = batched(sums, [held_out], config.batch_size).sum(0, np.float64)
+        return {"validation_loss": loss / tokens, "validation_token_accuracy": right / tokens}
+
+    model = ws.load("pretrain", scalar_head=False)
+    state, record = fit(
+        init_state(model, optimizer, objective, balancing),
+        step,
+        title="sft",
+        steps=steps,
+        loop=config,
+        folder=ws.stage("sft"),
+        metadata=ws.metadata("sft"),
+        files={"tokenizer.json": ws.tokenizer_file},
+        learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
+        tokens_per_step=config.batch_size * config.sequence_length,
+        evaluate=evaluate,
+    )
+    before = evaluate(init_state(ws.load("pretrain", scalar_head=False), optimizer))
+    return {
+        "examples": len(examples) - count,
+        "held_out_examples": count,
+        "validation_loss_before": before["validation_loss"],
+        **evaluate(state),
+        "seconds": record["seconds"],
+    }
+
+
+def examples_of(config: Config) -> list[tuple[str, str]]:
+    """Prompts and completions of the file.
+
+    Raises:
+      UserError: no file, fewer than two examples, or a row that is none.
+    """
+    path = config.sft.file
+    if path is None:
+        hint = "--sft.file FILE.jsonl, each line with a prompt and a completion"
+        raise UserError("there are no examples to fine-tune on", where="sft.file", hint=hint)
+    examples = [example(row, f"{path}:{n}") for n, row in enumerate(read_jsonl(Path(path)), 1)]
+    if len(examples) < 2:
+        problem = "one part of the examples is trained on and one held out"
+        raise UserError(problem, where=path, value=len(examples), allowed="at least 2 examples")
+    return examples
+
+
+def packed(examples: list[tuple[str, str]], tokenizer: Tokenizer, length: int) -> np.ndarray:
+    """Rows [N, length + 1] of examples; tokens of a prompt have the vocabulary's size added."""
+    prompts, texts = (tokenizer.encode_batch([e[i] for e in examples]) for i in (0, 1))
+    rows = [
+        np.array([*(i + tokenizer.vocab_size for i in p), *t], np.int32)
+        for p, t in zip(prompts, texts, strict=True)
+    ]
+    return pack(rows, length)
+
+
+def completions_of(rows: np.ndarray, vocab_size: int) -> Batch:
+    """A batch whose loss is on completions and their end-of-text alone."""
+    batch = batch_of(rows % vocab_size)
+    return batch._replace(weights=batch.weights * (rows[:, 1:] < vocab_size))
+
+
+@jax.jit
+def _sums(model, batch: Any) -> Float[Array, "B 3"]:
+    """Of each row: the loss, the tokens that were likeliest, and all that count."""
+    outputs = forward(model, batch)
+    values = [term.values(outputs, batch) for term in LANGUAGE.terms]
+    every = [*values, jnp.ones_like(batch.weights)]
+    return jnp.stack([jnp.sum(x * batch.weights, axis=1) for x in every], axis=1)
