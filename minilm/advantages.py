@@ -152,10 +152,13 @@ def to_go(rewards: Float[Array, "B R"], *, gamma: float = 1.0) -> Float32[Array,
     return totals.T
 
 
-def whiten(values: Float[Array, "*batch"], mask: Bool[Array, "*batch"]) -> Float32[Array, "*batch"]:
+def whiten(
+    values: Float[Array, "*batch"], mask: Bool[Array, "*batch"], *, keep_mean: bool = False
+) -> Float32[Array, "*batch"]:
     """Mean 0 and variance 1 over the real elements of the whole batch, as PPO takes advantages.
 
     (v − mean) / √(var + 1e-8), var with N. Elements under the mask do not count and come out as 0.
+    With `keep_mean` the mean is added again, as PPO takes rewards.
 
     Reference:
       Ziegler et al. (2019), arXiv:1909.08593; `whiten` in openai/lm-human-preferences.
@@ -163,8 +166,10 @@ def whiten(values: Float[Array, "*batch"], mask: Bool[Array, "*batch"]) -> Float
     >>> whiten(jnp.array([1.0, 3.0, 99.0]), jnp.array([True, True, False])).tolist()
     [-1.0, 1.0, 0.0]
     """
-    centred = jnp.where(mask, values.astype(jnp.float32) - mean(values, mask).value, 0.0)
-    return centred * jax.lax.rsqrt(mean(centred**2, mask).value + 1e-8)
+    middle = mean(values, mask).value
+    centred = jnp.where(mask, values.astype(jnp.float32) - middle, 0.0)
+    scaled = centred * jax.lax.rsqrt(mean(centred**2, mask).value + 1e-8)
+    return jnp.where(mask, scaled + middle, 0.0) if keep_mean else scaled
 
 
 def _grouped(scores: Float[Array, " B"], group: int) -> Float32[Array, "prompts group"]:

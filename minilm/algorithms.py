@@ -24,7 +24,7 @@ from minilm.losses.policy import (
     kl_estimate,
     policy_gradient,
 )
-from minilm.objective import Objective, Term
+from minilm.objective import Objective, Term, Weight
 from minilm.rollout import Outputs, Rollout
 
 PerToken = Float[Array, "B R"]
@@ -138,6 +138,8 @@ def price(
 ) -> PolicyBatch:
     """Rewards and advantages of a rollout; `kl_scale` times `kl_coef` is the price of a nat."""
     rewards = token_rewards(algorithm, rollout, score, config.kl_coef * kl_scale)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, rollout.mask, keep_mean=True)
     advantages, returns = algorithm.advantages(rewards, rollout, config)
     scale = jnp.full(score.shape, kl_scale, jnp.float32)
     return PolicyBatch(*rollout[:5], advantages, rollout.values, returns, scale)
@@ -158,6 +160,13 @@ def next_kl_scale(
         return scale
     error = jnp.clip(kl / config.kl_target - 1, -0.2, 0.2)
     return scale * (1 + error * completions / config.kl_horizon)
+
+
+def _after(updates: int, name: str, weight: float) -> Weight:
+    """The weight of a term, which is 0 for some updates unless it is the critic's."""
+    if not updates or name == "value":
+        return weight
+    return lambda step: jnp.where(jnp.asarray(step) < updates, 0.0, weight)
 
 
 def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
@@ -204,7 +213,8 @@ def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
     }
     dials = config.model_dump()
     weights = {n: dials[w] if isinstance(w, str) else w for n, w in algorithm.terms.items()}
-    trained = [Term(f"loss/{n}", w, values[n], over) for n, w in weights.items()]
+    first = config.value_warmup_steps * config.epochs * config.minibatches
+    trained = [Term(f"loss/{n}", _after(first, n, w), values[n], over) for n, w in weights.items()]
     watched: dict[str, Callable[[Outputs, PolicyBatch], Array]] = {
         "policy/entropy_avg": lambda o, b: o.entropy,
         "policy/approxkl_avg": lambda o, b: approx_kl(o.logprobs, b.old_logprobs),

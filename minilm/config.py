@@ -237,6 +237,14 @@ class RLHFConfig(LoopConfig):
     # The reward is a weighted sum, its parts in standard deviations of the reference's completions.
     learned_weight: NonNegative = 1.0  # of the reward model
     judge_weight: NonNegative = 0.0  # of gold itself: an oracle, or a rule one wants kept
+    # What is done to that sum: clipped to ± so much (openai/lm-human-preferences left it as it
+    # is), then less so much for each token of the completion.
+    reward_clip: Rate | None = None
+    length_penalty: NonNegative = 0.0
+    # Token rewards divided by their spread, their mean kept: Huang et al. (2024), arXiv:2403.17031,
+    # detail 21 (TRL's `whiten_rewards`).
+    whiten_rewards: bool = False
+    value_warmup_steps: Natural = 0  # steps that train the value alone; shared layers move too
     clip: Rate = 0.2
     clip_high: Rate = 0.28  # how far "dapo" lets a token become likelier
     value_clip: Rate = 0.2

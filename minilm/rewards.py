@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from minilm.config import RLHFConfig
 from minilm.model import Transformer, sequence_score
 from minilm.rollout import Rollout
 
@@ -56,6 +57,15 @@ class RewardModel:
             return jnp.min(every, axis=0)
         mean = jnp.mean(every, axis=0)
         return mean if self.combine == "mean" else mean - self.penalty * jnp.std(every, axis=0)
+
+
+def shaped(score: Float[Array, "B"], rollout: Rollout, config: RLHFConfig) -> Float[Array, "B"]:
+    """What is paid for a completion of that score: clipped, less a price for each token."""
+    if config.reward_clip is not None:
+        score = jnp.clip(score, -config.reward_clip, config.reward_clip)
+    if config.length_penalty:
+        score = score - config.length_penalty * jnp.sum(rollout.mask, axis=1).astype(jnp.float32)
+    return score
 
 
 def learned_reward(

@@ -305,3 +305,25 @@ def test_logged_kl_is_the_exact_kl_in_expectation():
         error = values.std() / np.sqrt(count)
         assert abs(values.mean() - exact) < 4.5 * error, name
     assert estimates["exact per token"].std() < estimates["k1"].std()  # why evaluation uses it
+
+
+def test_whitened_rewards_have_spread_one_and_their_mean():
+    rollout = rollout_of(LOGPROBS, REFERENCE, MASK, values=[[0.0] * 3] * 2)
+    plain = token_rewards(ALGORITHMS["ppo"], rollout, SCORE, CONFIG.kl_coef)
+    config = CONFIG.model_copy(update={"whiten_rewards": True, "lam": 1.0})
+    rewards = np.asarray(plain, np.float64)[np.array(MASK)]
+    white = np.zeros((2, 3))
+    white[np.array(MASK)] = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
+    returns = price(ALGORITHMS["ppo"], rollout, SCORE, config).returns
+    expected = np.cumsum(white[:, ::-1], axis=1)[:, ::-1] * np.array(MASK)
+    np.testing.assert_allclose(returns, expected, atol=1e-4)
+
+
+def test_the_value_is_warmed_up_alone():
+    config = CONFIG.model_copy(update={"value_warmup_steps": 3, "minibatches": 2, "epochs": 2})
+    aim = objective(ALGORITHMS["ppo"], config)
+    names = list(aim.trained)
+    before, after = (dict(zip(names, aim.weights(k).tolist(), strict=True)) for k in (11, 12))
+    assert before["loss/clipped_surrogate"] == 0.0
+    assert after["loss/clipped_surrogate"] == 1.0
+    assert before["loss/value"] == after["loss/value"] == pytest.approx(0.1)

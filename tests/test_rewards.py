@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from minilm.config import ModelConfig
+from minilm.config import ModelConfig, RLHFConfig
 from minilm.model import Transformer, sequence_score
-from minilm.rewards import Normalization, RewardModel, learned_reward
+from minilm.rewards import Normalization, RewardModel, learned_reward, shaped
 from minilm.rollout import Rollout
 
 PAD, EOS, WIDTH = 0, 1, 7
@@ -106,3 +106,13 @@ def test_the_members_of_an_ensemble_are_one_in_units_of_their_own(how, expected)
     found = pay(of(*scales, **how), parts, missing_eos_score=-3.0)
     np.testing.assert_allclose(found[:3], expected(units)[:3], rtol=1e-5)
     assert float(found[3]) == -3.0
+
+
+def test_a_reward_is_clipped_and_then_priced_by_length():
+    parts = rollout(PROMPTS, COMPLETIONS, prompt_width=4)
+    score = jnp.array([5.0, -5.0, 0.5, 1.0])
+    config = RLHFConfig(reward_clip=2.0, length_penalty=0.1)
+    lengths = np.array([len(c) for c in COMPLETIONS])
+    expected = np.clip(score, -2, 2) - 0.1 * lengths
+    np.testing.assert_allclose(shaped(score, parts, config), expected, rtol=1e-6)
+    assert shaped(score, parts, RLHFConfig()) is score

@@ -70,8 +70,9 @@ def the_mask_covers_the_completion(setting: Setting) -> tuple[bool, str]:
 def the_score_stands_on_end_of_text(setting: Setting) -> tuple[bool, str]:
     """The rollout's scores are those of its texts, each scored at its own end-of-text."""
     ws, collected = setting.ws, setting.parts.collected
-    if ws.config.rlhf.judge_weight or ws.config.rlhf.learned_weight != 1:
-        return True, "no formula is kept here for a sum of rewards"
+    rlhf = ws.config.rlhf
+    if rlhf.judge_weight or rlhf.learned_weight != 1 or rlhf.reward_clip or rlhf.length_penalty:
+        return True, "no formula is kept here for a sum of rewards, clipped or priced by length"
     width = collected.samples.tokens.shape[1]
     rows, samples = np.asarray(collected.rollout.tokens)[:, :-width], collected.samples
     samples = jax.tree.map(np.asarray, samples)

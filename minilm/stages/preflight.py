@@ -27,6 +27,9 @@ def check(config: Config, todo: list[str]) -> None:
         if config.rlhf.group_size < 2 and not algorithm.critic:
             problem = f"{config.rlhf.algorithm} compares a completion with others of its prompt"
             raise UserError(problem, where="rlhf.group_size", value=1, allowed="at least 2")
+        if config.rlhf.value_warmup_steps and not algorithm.critic:
+            problem, where = f"{config.rlhf.algorithm} has no critic", "rlhf.value_warmup_steps"
+            raise UserError(problem, where=where, value=config.rlhf.value_warmup_steps, allowed="0")
         if config.rlhf.judge_weight and config.judge.name == "none":
             problem, where = "there is no judge to pay by", "rlhf.judge_weight"
             raise UserError(problem, where=where, value=config.rlhf.judge_weight)

@@ -19,7 +19,7 @@ from minilm.losses.reduce import Mean, mean
 from minilm.model import Transformer
 from minilm.objective import Objective
 from minilm.optim import make_optimizer, schedule
-from minilm.rewards import RewardModel, learned_reward
+from minilm.rewards import RewardModel, learned_reward, shaped
 from minilm.rollout import Outputs, Rollout, complete_rollout, completion_outputs
 from minilm.stages.evaluate import prompt_rows
 from minilm.stages.reward import load_reward_model
@@ -158,6 +158,7 @@ def make_collect(
         missing = config.missing_eos_score
         learned = learned_reward(reward_model, rollout, missing_eos_score=missing)
         score = config.learned_weight * learned + config.judge_weight * gold
+        score = shaped(score, rollout, config)
         batch = price(algorithm, rollout, score, config, kl_scale)
         mask, one = rollout.mask, jnp.ones_like(score)
         ended = rollout.finished.astype(jnp.float32)
