@@ -212,6 +212,7 @@ class RewardConfig(SupervisedConfig):
     members: Positive = 1  # of an ensemble: models that differ in their head and order of batches
     epochs: Positive = 1
     max_tokens: Positive = 192  # of prompt and completion; longer pairs are left out
+    max_pairs: Positive | None = None  # of the stage before; None: all
 
 
 class RLHFConfig(LoopConfig):

@@ -41,7 +41,8 @@ def run(
       until: the last stage to run.
       redo: remake this stage and what follows; the old folders are kept beside.
       init: another run folder whose pretrained model is used, and its reward model where `only`
-        is "rlhf" and the folder has none: so seeds and algorithms share one reward model.
+        is "rlhf" and the folder has none: so seeds and algorithms share one reward model; its pairs
+        where `only` is "reward" and they were made with the same settings.
       only: one stage; `reward` makes the pairs too when there are none and no file is given.
     Raises:
       UserError: a finished stage was made from other config or inputs (the keys are named), a
@@ -57,6 +58,9 @@ def run(
         borrowed += ("sft",)
     if init and only == "rlhf" and not (out / "reward" / "done.json").exists():
         borrowed = tuple(name for name in NAMES if name != "rlhf")
+    if init and only == "reward" and not (out / "preferences").exists():
+        lent = (*borrowed, "preferences")
+        borrowed = lent if _lends_pairs(config, Place(out, init, lent)) else borrowed
     with _locked(out):
         _run_locked(config, Place(out, init, borrowed), until, redo, only)
 
@@ -74,9 +78,18 @@ class Place(NamedTuple):
         return self.out / name
 
 
+def _lends_pairs(config: Config, place: Place) -> bool:
+    """Whether the other run's finished pairs are those that this config would make."""
+    stage = next(s for s in stages_of(config) if s.name == "preferences")
+    try:
+        return fingerprint(stage, config, place)[1] == "done"
+    except UserError:
+        return False
+
+
 def _run_locked(config, place: Place, until, redo, only) -> None:
     out, init, borrowed = place
-    chosen = _chosen(config, out, until, only)
+    chosen = _chosen(config, place, until, only)
     if init is not None:
         _check_same_world(config, init)
         chosen = [s for s in chosen if s.name != "pretrain"]
@@ -170,12 +183,12 @@ def rlhf_and_evaluation(ws) -> dict:
     return trained | {name: figures.get(name) for name in plain}
 
 
-def _chosen(config: Config, out: Path, until: str | None, only: str | None) -> list[Stage]:
+def _chosen(config: Config, place: Place, until: str | None, only: str | None) -> list[Stage]:
     known = stages_of(config)
     if config.sft.file is None and "sft" in (until, only):
         hint = "--sft.file FILE.jsonl, each line with a prompt and a completion"
         raise UserError("there are no examples to fine-tune on", where="sft.file", hint=hint)
-    if only == "reward" and not (out / "preferences" / "done.json").exists():
+    if only == "reward" and not (place.stage("preferences") / "done.json").exists():
         return [s for s in known if s.name in ("preferences", "reward")]
     if only is not None:
         return [s for s in known if s.name == only]

@@ -78,3 +78,20 @@ def test_a_benchmark_prints_a_table_and_a_line_of_json(
     assert row["times_float32"] == 1.0
     assert result["benchmark"] == name
     assert result["machine"]["cores"] >= 1
+
+
+def test_the_reward_curve_trains_on_the_first_pairs_of_one_set(
+    tiny, tiny_run, tmp_path, monkeypatch, capsys
+):
+    path = str(FOLDER / "reward_curve.py")
+    words = [str(tiny), "--init", str(tiny_run), "--pairs", "4", "12", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [path, *words])
+    runpy.run_path(path, run_name="__main__")
+    result = json.loads(capsys.readouterr().out.rstrip().rpartition("\n")[2])
+    assert [row["pairs"] for row in result["rows"]] == [4, 12]
+    assert (tmp_path / "reward_curve.png").stat().st_size > 1000
+    # One set of pairs, borrowed; the other run's reward model is another.
+    assert not (tmp_path / "pairs_4" / "preferences").exists()
+    done = [json.loads((tmp_path / f"pairs_{n}/reward/done.json").read_text()) for n in (4, 12)]
+    assert done[0]["inputs"] == done[1]["inputs"]
+    assert done[0]["summary"]["log_loss"] != done[1]["summary"]["log_loss"]

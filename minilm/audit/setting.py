@@ -86,7 +86,7 @@ class Preference(NamedTuple):
 
 
 def of_reward(ws: Workspace) -> Setting:
-    pairs = load_pairs(ws, "train")
+    pairs = reward.training_pairs(ws)
     batches = reward.Pairs(ws, pairs)
     aim = configured(reward.PREFERENCE, "reward", ws.config, batches.steps)
     parts = Preference({p.prompt for p in pairs}, {p.prompt for p in load_pairs(ws, "held_out")})

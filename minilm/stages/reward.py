@@ -90,7 +90,7 @@ PREFERENCE = Objective(
 
 def reward(ws: Workspace) -> dict:
     """Trains on the train pairs, evaluates on the held-out ones, stores the normalisation."""
-    pairs, held_out = load_pairs(ws, "train"), load_pairs(ws, "held_out")
+    pairs, held_out = training_pairs(ws), load_pairs(ws, "held_out")
     members, seconds, left_out = [], 0.0, 0
     for number, folder in enumerate(member_folders(ws.stage("reward"), ws.config.reward.members)):
         batches = Pairs(ws, pairs, number)
@@ -110,6 +110,10 @@ def reward(ws: Workspace) -> dict:
     stored = read_json(folder / "evaluation.json").items()
     figures = {name: value for name, value in stored if not isinstance(value, list | dict)}
     return figures | {"pairs_left_out": left_out, "seconds": seconds}
+
+
+def training_pairs(ws: Workspace) -> list[Pair]:
+    return load_pairs(ws, "train")[: ws.config.reward.max_pairs]
 
 
 def member_folders(folder: Path, members: int) -> list[Path]:
