@@ -33,6 +33,8 @@ class TextCorpus(Section):
     kind: Literal["text"] = "text"
     files: tuple[str, ...] = ()  # paths or globs
     column: str = "text"  # of .jsonl, .csv and .parquet rows
+    # What ends a document in a .txt, such as "\n\n"; None: each file is one document.
+    separator: Annotated[str, Field(min_length=1)] | None = None
     held_out: Share = 0.1
 
 

@@ -87,7 +87,7 @@ def fables(corpus: FablesCorpus, seed: int) -> Iterator[Document]:
 
 
 def text(corpus: TextCorpus, seed: int) -> Iterator[Document]:
-    """Local files, each once: a .txt is one document, whole; others have a document a row.
+    """Local files, each once: a .txt is one document, or several; others have a document a row.
 
     Raises:
       UserError: no file named or found; one that is empty, binary, not UTF-8, or not what its
@@ -104,7 +104,10 @@ def text(corpus: TextCorpus, seed: int) -> Iterator[Document]:
         choose(READERS, suffix, f"corpus.files {path}: suffix")
         if suffix == ".txt":
             # Not through `datasets`, which opens files in text mode and so rewrites \r\n as \n.
-            yield Document(_utf8(path), str(path))
+            whole = _utf8(path)
+            parts = [whole] if corpus.separator is None else whole.split(corpus.separator)
+            names = [str(path)] if len(parts) == 1 else [f"{path}#{n}" for n in range(len(parts))]
+            yield from map(Document, parts, names)
         else:
             yield from _rows(path, suffix, corpus.column)
 

@@ -69,6 +69,15 @@ def test_a_txt_file_is_one_document_with_every_character_kept(tmp_path):
     assert texts_of(tmp_path / "*.txt") == contents
 
 
+def test_a_separator_parts_a_txt_into_documents(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_text("One.\nHello.\n\nTwo.\nBye.\n\n\n\nThree.", encoding="utf-8")
+    corpus = TextCorpus(files=(str(path),), separator="\n\n")
+    found = [d for d in corpora.text(corpus, 0) if d.text.strip()]
+    assert [d.text for d in found] == ["One.\nHello.", "Two.\nBye.", "Three."]
+    assert len({d.id for d in found}) == 3
+
+
 @tables
 def test_a_table_has_a_document_a_row_exactly(tmp_path, suffix):
     path = WRITERS[suffix](
