@@ -47,10 +47,12 @@ def payer(model) -> RewardModel:
     return RewardModel((model,), (Normalization(0.0, 1.0),))
 
 
-def make(name: str, config: RLHFConfig = CONFIG):
+def make(name: str, config: RLHFConfig = CONFIG, head: float | None = None):
     """What makes a state whose policy is the reference; a step; the frozen models."""
     algorithm = ALGORITHMS[name]
     reference, reward_model = random_model(0), random_model(1, scalar_head=True, scale=0.6)
+    if head is not None:
+        reward_model.score[...] = np.full(16, head, np.float32)
     policy = reference
     if algorithm.critic:
         policy = random_model(0, scalar_head=True)
@@ -103,6 +105,17 @@ def test_a_run_of_steps(name, caplog):
     _, other = step(start(), 1)
     assert {key: float(mean.value) for key, mean in again.items()} == first
     assert float(other["objective/scores"].value) != first["objective/scores"]
+
+
+def test_a_reward_that_is_not_a_number_moves_nothing_and_is_counted():
+    """`fit` stops with a message after `optimizer.max_skipped` such updates in a row."""
+    start, step, _ = make("rloo", CONFIG, head=np.nan)
+    before = arrays(start().model)
+    state, metrics = step(start(), 0)
+    for key, array in arrays(state.model).items():
+        np.testing.assert_array_equal(array, before[key], err_msg=key)
+    assert int(state.extra["skipped_in_a_row"]) == int(state.extra["skipped"]) > 0
+    assert np.isnan(float(metrics["objective/scores"].value))
 
 
 def test_the_price_of_a_nat_moves_towards_its_target_and_is_kept_in_the_state():
