@@ -129,7 +129,7 @@ def _run_locked(config, place: Place, until, redo, only) -> None:
     write_atomically(out / "config.toml", configfile.dump(config).encode())
     environment = _environment(config, place)
     console.print(f"compute: {environment['compute_dtype']}; {environment['reason']}")
-    _print_plan(plan, config, environment)
+    _print_plan(plan, out, config, environment)
 
     from minilm.stages.workspace import Workspace
 
@@ -247,6 +247,8 @@ def fingerprint(stage: Stage, config: Config, place: Place) -> tuple[dict, str]:
     if not done and not any((folder / "checkpoints").glob("step_*")):
         return made_from, "new"
     keys += [f"the input {name}" for name in inputs]
+    # A misspelt name is better told as one than as a change.
+    _function("minilm.stages.preflight:check")(config, [stage.name])
     raise UserError(
         f"stage {stage.name} was {state} with other settings; changed: {', '.join(keys)}",
         where=folder,
@@ -343,15 +345,24 @@ def _function(name: str) -> Callable:
     return vars(importlib.import_module(module))[attribute]
 
 
-def _print_plan(plan, config: Config, environment: dict) -> None:
+def _print_plan(plan, out: Path, config: Config, environment: dict) -> None:
     from minilm.estimate import minutes
 
     table = Table("stage", "state", Column("minutes expected", justify="right"), title="stages")
     for name, state in plan.items():
-        expected = "" if state == "done" else f"{minutes(name, config, environment):.1f}"
+        left = 1 - _share_done(out / name) if state == "started" else 1
+        expected = "" if state == "done" else f"{left * minutes(name, config, environment):.1f}"
         word = {"done": "done, unchanged", "started": "to be resumed", "new": ""}[state]
         table.add_row(name, word, expected)
     console.print(table)
+
+
+def _share_done(folder: Path) -> float:
+    from minilm import checkpoint
+
+    found = checkpoint.latest(folder / "checkpoints")
+    facts = checkpoint.metadata(found) if found else {"step": 0, "steps": 1}
+    return facts["step"] / facts["steps"]
 
 
 def _print_summary(summary: dict) -> None:

@@ -111,6 +111,12 @@ def test_a_changed_key_of_a_finished_stage_stops_and_is_named(
     assert files(tiny_run) == before
 
 
+def test_a_misspelt_name_in_a_finished_stage_is_told_as_a_misspelling(tiny, tiny_run, processes):
+    done = processes("run", tiny, "--out", tiny_run, "--rlhf.algorithm=ppoo")
+    assert done.code == 2
+    assert "did you mean 'ppo'" in done.output
+
+
 def test_redo_remakes_a_stage_and_keeps_the_old_one(tiny, tiny_copy, processes):
     old, before = read(tiny_copy / "rlhf" / "done.json"), files(tiny_copy / "reward")
     done = processes("run", tiny, "--out", tiny_copy, "--redo", "rlhf", "--rlhf.seed", 1)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from minilm.config import JudgeConfig
 from minilm.errors import UserError
@@ -75,6 +76,7 @@ def _simulated(ws: Workspace) -> list[Pair]:
         raise UserError("there is no judge to label pairs", where="judge.name", value="none")
     prompts = prompt_sets(ws.config, tokenizer, ws.held_out()).preferences
     repeated = [p for p in prompts for _ in range(config.completions)]
+    Console().print(f"sampling {config.completions} completions of {len(prompts):,} prompts each")
     key = jax.random.fold_in(jax.random.key(ws.config.seed), 22)
     dials: dict[str, Any] = {"batch_size": config.batch_size, "temperature": config.temperature}
     dials |= {"max_prompt_tokens": sizes.max_tokens, "max_new_tokens": sizes.max_new_tokens}
