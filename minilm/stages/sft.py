@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from minilm.config import Config
 from minilm.errors import UserError
 from minilm.files import read_jsonl
+from minilm.losses.language import next_token_cross_entropy
 from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import batched
 from minilm.stages.pretrain import LANGUAGE, forward
@@ -48,8 +49,8 @@ def sft(ws: Workspace) -> dict:
         def sums(rows):
             return _sums(state.model, make(rows))
 
-        loss, right, tokens = batched(sums, [held_out], config.batch_size).sum(0, np.float64)
-        return {"validation_loss": loss / tokens, "validation_token_accuracy": right / tokens}
+        loss, tokens = batched(sums, [held_out], config.batch_size).sum(0, np.float64)
+        return {"validation_loss": loss / tokens}
 
     model = ws.load("pretrain", scalar_head=False)
     state, record = fit(
@@ -109,9 +110,8 @@ def completions_of(rows: np.ndarray, vocab_size: int) -> Batch:
 
 
 @jax.jit
-def _sums(model, batch: Any) -> Float[Array, "B 3"]:
-    """Of each row: the loss, the tokens that were likeliest, and all that count."""
-    outputs = forward(model, batch)
-    values = [term.values(outputs, batch) for term in LANGUAGE.terms]
-    every = [*values, jnp.ones_like(batch.weights)]
-    return jnp.stack([jnp.sum(x * batch.weights, axis=1) for x in every], axis=1)
+def _sums(model, batch: Any) -> Float[Array, "B 2"]:
+    """Of each row: the loss of its completions' tokens, and how many these are."""
+    losses = next_token_cross_entropy(forward(model, batch), batch.targets)
+    both = losses * batch.weights, jnp.asarray(batch.weights)
+    return jnp.stack([jnp.sum(x, axis=1) for x in both], axis=1)
