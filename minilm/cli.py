@@ -198,6 +198,18 @@ def _oracle(name: str, words: list[str]) -> None:
     oracle_command(args.out, args.algorithms or list(ALGORITHMS), args.steps)
 
 
+def _selftest(name: str, words: list[str]) -> int:
+    parser = _parser(name, "CONFIG", "a TOML file, such as configs/quick.toml")
+    add = parser.add_argument
+    add("--kills", type=_number(int, 1), default=20, metavar="N", help="default: 20")
+    add("--kill-seed", type=_number(int, 0), default=0, metavar="N", help="of the instants")
+    add("--out", type=Path, default=Path("runs/selftest"), help="folder (default: runs/selftest)")
+    args, config = _parse_config(parser, words)
+    from minilm.selftest import selftest_command
+
+    return selftest_command(config, args.out, kills=args.kills, seed=args.kill_seed)
+
+
 def _blame(name: str, words: list[str]) -> None:
     parser = _parser(name, "RUN", "a finished run folder")
     parser.add_argument("--out", type=Path, help="folder of the oracles (default: blame in RUN)")
@@ -226,6 +238,7 @@ COMMANDS = {
     "overoptimize": Command(_overoptimize, "gold and proxy under more and more optimisation"),
     "blame": Command(_blame, "which stage holds a run back, by swapping each for its oracle"),
     "oracle": Command(_oracle, "RL algorithms beside the exact optimum of a tiny language"),
+    "selftest": Command(_selftest, "kill a run at random instants: it must end as if never killed"),
     "lr-range": Command(_lr_range, "learning-rate range test: a suggestion and a plot"),
 }
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # Before anything imports JAX or a Hugging Face library; subprocesses inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -175,45 +175,12 @@ def compiling_once(compiled) -> Iterator[None]:
         yield
 
 
-TIMES = {"seconds", "wall_seconds", "tokens_per_second"}
-
-
-def timeless(value: Any) -> Any:
-    """JSON without what depends on the clock."""
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in TIMES}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
-
-
 @pytest.fixture(scope="session")
 def assert_same() -> Callable[..., None]:
     """Asserts that two run folders hold the same figures, curves, files and parameters."""
-    from minilm import checkpoint, metrics
+    from minilm.selftest import differences
 
     def same(ours: Path, theirs: Path, stages=("pretrain", "preferences", "reward", "rlhf")):
-        for stage in stages:
-            a, b = ours / stage, theirs / stage
-            names = sorted(p.name for p in b.iterdir())
-            assert sorted(p.name for p in a.iterdir()) == names
-            for name in names:
-                if name.endswith(".json"):
-                    x, y = (json.loads((folder / name).read_text()) for folder in (a, b))
-                    assert timeless(x) == timeless(y), f"{stage}/{name}"
-                elif name == "metrics.jsonl":
-                    assert timeless(metrics.read(a / name)) == timeless(metrics.read(b / name))
-                elif name == "checkpoints":
-                    kept = [p.name for p in sorted((b / name).iterdir())]
-                    assert [p.name for p in sorted((a / name).iterdir())] == kept
-                    for step in kept:
-                        x, y = (checkpoint.load_arrays(f / name / step) for f in (a, b))
-                        assert x.keys() == y.keys()
-                        for key in x:
-                            assert x[key].tobytes() == y[key].tobytes(), f"{stage}/{step}: {key}"
-                else:
-                    assert (a / name).read_bytes() == (b / name).read_bytes(), f"{stage}/{name}"
-        x, y = (json.loads((f / "summary.json").read_text()) for f in (ours, theirs))
-        for stage in stages:
-            assert timeless(x[stage]) == timeless(y[stage])
-        assert (ours / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+        assert differences(ours, theirs, list(stages)) == []
 
     return same

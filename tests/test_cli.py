@@ -12,8 +12,8 @@ import pytest
 from minilm import cli
 from minilm.config import Config, ModelConfig
 
-TRAINING = ("run", "pretrain", "preferences", "reward", "rlhf")
-WITH_CONFIG = (*TRAINING, "model", "config", "lr-range", "overoptimize")
+TRAINING = ("run", "pretrain", "sft", "preferences", "reward", "rlhf")
+WITH_CONFIG = (*TRAINING, "model", "config", "lr-range", "overoptimize", "selftest")
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 
 

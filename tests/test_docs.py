@@ -54,6 +54,7 @@ def nothing_runs(monkeypatch):
         "minilm.run": ("run",),
         "minilm.handle": ("generate_command", "score_command"),
         "minilm.estimate": ("model_command",),
+        "minilm.selftest": ("selftest_command",),
         "minilm.report": ("write",),
         "minilm.audit": ("audit_command",),
         "minilm.diagnose": ("diagnose_command",),
