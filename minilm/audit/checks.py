@@ -183,7 +183,7 @@ def no_held_out_document_is_trained_on(setting: Setting) -> tuple[bool, str]:
 def preference_formula(setting: Setting) -> tuple[bool, str]:
     """−y log σ(Δ) − (1 − y) log σ(−Δ), averaged over the pairs that are there."""
     batch, outputs = setting.batch, setting.outputs(setting.batch)
-    gap = np.asarray(outputs[0], np.float64) - np.asarray(outputs[1], np.float64)
+    gap = np.asarray(outputs.first, np.float64) - np.asarray(outputs.second, np.float64)
     label, real = np.asarray(batch.label, np.float64), np.asarray(batch.weights) > 0
     losses = label * np.logaddexp(0, -gap) + (1 - label) * np.logaddexp(0, gap)
     name = setting.objective.terms[0].name
@@ -208,7 +208,7 @@ def scores_stand_on_end_of_text(setting: Setting) -> tuple[bool, str]:
     again = score_texts(setting.model, setting.ws.tokenizer, [""], [text], len(row), batch_size=1)[
         0
     ]
-    passed, said = close(np.asarray(setting.outputs(batch)[0])[0, 0], again, setting.tolerance)
+    passed, said = close(np.asarray(setting.outputs(batch).first)[0, 0], again, setting.tolerance)
     missing = int((~right & there).sum())
     return (
         missing == 0 and passed,
@@ -218,6 +218,11 @@ def scores_stand_on_end_of_text(setting: Setting) -> tuple[bool, str]:
 
 def pairs_do_not_depend_on_company_or_padding(setting: Setting) -> tuple[bool, str]:
     batch = setting.batch
+
+    def scores(of: Any) -> np.ndarray:
+        outputs = setting.outputs(of)
+        return np.stack([outputs.first, outputs.second])
+
     room = ((0, 0), (0, 0), (0, 16))
     wider = batch._replace(tokens=np.pad(batch.tokens, room), segments=np.pad(batch.segments, room))
     other = batch._replace(  # another token under the padding
@@ -225,12 +230,12 @@ def pairs_do_not_depend_on_company_or_padding(setting: Setting) -> tuple[bool, s
     )
     alone = rows_of(batch, slice(0, 1))
     real = np.asarray(batch.weights) > 0
-    expected = np.stack(setting.outputs(batch))
-    found = [np.stack(setting.outputs(b)) for b in (wider, other)]
+    expected = scores(batch)
+    found = [scores(b) for b in (wider, other)]
     passed, said = close(
         np.stack([x[:, real] for x in found]), np.stack([expected[:, real]] * 2), setting.tolerance
     )
-    single = np.stack(setting.outputs(alone))[:, real[:1]]
+    single = scores(alone)[:, real[:1]]
     same, of_one = close(single, expected[:, :1][:, real[:1]], setting.tolerance)
     return passed and same, f"padding: {said}; alone: {of_one}"
 

@@ -34,11 +34,13 @@ class Mutant(NamedTuple):
 
 
 def _batch(change):
-    """A mutant of how rows become a batch."""
+    """A mutant of the batches that a stage reads."""
 
     def inject(patch, run):
-        original = batches.batch_of
-        patch.setattr(batches, "batch_of", lambda rows: change(original(rows)))
+        original = batches.Batches.__getitem__
+        patch.setattr(
+            batches.Batches, "__getitem__", lambda self, step: change(original(self, step))
+        )
 
     return inject
 
