@@ -4,7 +4,7 @@ A rule's state lives in `TrainState.extra`, so a resumed run balances on as if n
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -93,7 +93,7 @@ def initial(config: BalanceConfig, terms: int) -> State:
     return {f"balance/{name}": array for name, array in state.items()}
 
 
-def stored(extra: dict[str, Array]) -> State:
+def stored(extra: dict[str, Any]) -> State:
     """The rule's state out of `extra`."""
     start = "balance/"
     return {k.removeprefix(start): v for k, v in extra.items() if k.startswith(start)}

@@ -135,6 +135,10 @@ class SupervisedConfig(LoopConfig):
     """A stage that reads batches of a data set."""
 
     batch_size: Positive = 8
+    # Of an average of the weights, which is then judged and handed on (0.999 is usual); 0: none,
+    # since a rate that ends at zero averages too.
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    log_layers: bool = False  # gradient and update norms of each layer, in metrics.jsonl
 
     @model_validator(mode="after")
     def _divides(self) -> "SupervisedConfig":
@@ -149,6 +153,9 @@ class PretrainConfig(SupervisedConfig):
 
     steps: Positive = 1500
     sequence_length: Annotated[int, Field(ge=8)] = 256
+    # Positions whose logits are in memory at once; 0: all. Costs the head's product once more, and
+    # pays where the vocabulary is large: 16 x 1,024 positions of 50,304 logits are 3.3 GB.
+    logits_chunk: Natural = 0
     validation_documents: Positive = 512  # read during training; the end reads the whole split
     # Early stopping: so many evaluations without a lower loss, then back to the best. 0: never.
     patience: Natural = 0

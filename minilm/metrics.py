@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from minilm.errors import UserError
 from minilm.files import write_atomically
+from minilm.losses.reduce import Mean
 
 _REFRESH = 0.25  # seconds between two redraws of the live line: four a second read as continuous
 _PLAIN = 10.0  # seconds between two plain lines, where there is no terminal
@@ -63,6 +65,19 @@ def read(path: Path) -> list[dict[str, Any]]:
       UserError: no such file, or a line other than the last is not a record.
     """
     return [record for _, record in _records(path)]
+
+
+def means(window: list[dict]) -> dict[str, float]:
+    """Totals over counts: a mean of means would weigh ragged batches wrongly."""
+    out = {}
+    for name in sorted(window[0], key=lambda n: n != "loss"):  # what is shown first comes first
+        values = [w[name] for w in window]
+        if isinstance(values[0], Mean):
+            total, count = sum(float(v.total) for v in values), sum(float(v.count) for v in values)
+            out[name] = total / count if count else 0.0
+        else:
+            out[name] = float(np.mean(values))
+    return out
 
 
 def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

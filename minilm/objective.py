@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -35,6 +36,43 @@ class Penalty(NamedTuple):
     value: Callable[[Any], Float[Array, ""]]  # (model) -> loss
 
 
+class Chunked(NamedTuple):
+    """Outputs that are too large to be there at once, such as a large vocabulary's logits.
+
+    They are made, read by the terms and forgotten `size` positions at a time, and made again in
+    the backward pass; so the terms have to be losses of single positions.
+
+    Attributes:
+      inputs: what they are made of, the positions first: [B, T, ...].
+      head: (inputs [size, ...]) -> outputs [size, ...]
+    """
+
+    inputs: Float[Array, "B T *rest"]
+    head: Callable[[Any], Any]
+    size: int
+
+    def totals(self, of: Callable[[Any, Any], dict], batch: Any) -> dict[str, Float[Array, ""]]:
+        """Σ over chunks of `of(outputs, batch)`; the last is filled with positions of weight 0."""
+        count = self.inputs.shape[0] * self.inputs.shape[1]
+        chunks = -(-count // self.size)
+
+        def cut(x):
+            flat = jnp.asarray(x).reshape(count, *x.shape[2:])
+            room = [(0, chunks * self.size - count)] + [(0, 0)] * (flat.ndim - 1)
+            return jnp.pad(flat, room).reshape(chunks, self.size, *flat.shape[1:])
+
+        @jax.checkpoint
+        def one(inputs, part):
+            return of(self.head(inputs), part)
+
+        parts = jax.tree.map(cut, (self.inputs, batch))
+        shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, one(*part)), None), zeros, parts
+        )[0]
+
+
 class Objective(NamedTuple):
     """Σ weight · total / count over the terms that are trained; an empty term is 0."""
 
@@ -59,6 +97,8 @@ class Objective(NamedTuple):
 
     def totals(self, outputs, batch) -> dict[str, Float[Array, ""]]:
         """The numerators of the terms, over a batch or a part of one."""
+        if isinstance(outputs, Chunked):
+            return outputs.totals(self.totals, batch)
         return {
             t.name: jnp.sum(jnp.where(w > 0, t.values(outputs, batch).astype(jnp.float32) * w, 0.0))
             for t in self.terms

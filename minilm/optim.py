@@ -94,3 +94,32 @@ def _standard_promotion(inner: optax.GradientTransformation) -> optax.GradientTr
 def global_norm(tree) -> jax.Array:
     """Euclidean norm of all leaves together, float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def norms_by_layer(tree) -> dict[str, jax.Array]:
+    """Euclidean norms, float32, of `embed_tokens`, `layers.0`, … , `norm` and the heads."""
+    groups: dict[str, list[jax.Array]] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        groups.setdefault(".".join(parts[: 2 if parts[0] == "layers" else 1]), []).append(x)
+    return {name: global_norm(leaves) for name, leaves in groups.items()}
+
+
+def relative_norms(updates, params) -> dict[str, jax.Array]:
+    """‖update‖ / ‖parameters‖, layer by layer; 0 where the parameters are zero."""
+    moved, sizes = norms_by_layer(updates), norms_by_layer(params)
+    return {
+        name: jnp.where(size > 0, moved[name] / jnp.maximum(size, 1e-30), 0.0)
+        for name, size in sizes.items()
+    }
+
+
+def moving_average(average, params, decay: float, step):
+    """The exponential moving average of the parameters after update number `step` (from 0).
+
+    A decay of min(decay, (1 + k) / (10 + k)) at update k forgets the start: the rule of
+    TensorFlow's ExponentialMovingAverage. Polyak and Juditsky (1992) is the reason to average.
+    """
+    k = step.astype(jnp.float32)
+    kept = jnp.minimum(decay, (1 + k) / (10 + k))
+    return jax.tree.map(lambda a, x: (kept * a + (1 - kept) * x).astype(a.dtype), average, params)

@@ -24,6 +24,8 @@ from minilm.pipeline import stages_of
 
 console = Console(soft_wrap=True)
 TIMES = {"seconds", "wall_seconds", "tokens_per_second"}
+EARLIEST = 0.7  # how often a kill falls into the earliest stage that is due
+SAVES = 8  # of a stage, about
 POLL = 0.001  # seconds: a save of a small model takes some fifty
 
 
@@ -39,7 +41,8 @@ def selftest_command(config: Config, out: Path, *, kills: int, seed: int) -> int
     """`minilm selftest CONFIG`: 0 where every killed run ended as the whole one, else 1.
 
     A run is killed, and started again, until it is done; then the next, until there were `kills`
-    kills. Each falls into a stage drawn at random, at a random instant or within a save.
+    kills, equally many of every stage, each at a random instant or within a save. Checkpoints are
+    saved more often than the config says, so that there are some to go on from.
 
     Args:
       out: folder of the runs; what an earlier selftest left there is removed.
@@ -52,7 +55,7 @@ def selftest_command(config: Config, out: Path, *, kills: int, seed: int) -> int
     shutil.rmtree(out, ignore_errors=True)
     write_json(out / "selftest.json", {})
     path = out / "config.toml"
-    write_atomically(path, configfile.dump(config).encode())
+    write_atomically(path, configfile.dump(_saving_often(config)).encode())
     whole, rng = out / "whole", random.Random(seed)
     console.print(f"the run that is not killed: {whole}")
     with _running(path, whole, out) as process:
@@ -69,7 +72,9 @@ def selftest_command(config: Config, out: Path, *, kills: int, seed: int) -> int
         choice = read_json(whole / "environment.json")["choice"]
         write_json(run / "environment.json", {"choice": choice})
         while len(done) < kills:
-            kill = _until_killed(path, run, out, stages, lasted, rng)
+            counts = {s: sum(k.stage == s for k in done) for s in stages}
+            due = [s for s in stages if counts[s] < kills / len(stages)]
+            kill = _until_killed(path, run, out, due, lasted, rng)
             if kill is None:
                 break
             done.append(kill)
@@ -82,7 +87,7 @@ def selftest_command(config: Config, out: Path, *, kills: int, seed: int) -> int
         wrong += [f"{run.name}: {text}" for text in differences(run, whole, stages)]
         if len(done) == kills:
             break
-    console.print(table)
+    Console(width=max(console.width, 100)).print(table)
     runs = len(list(out.glob("killed_*")))
     for text in wrong:
         console.print(f"differs: {text}")
@@ -93,6 +98,18 @@ def selftest_command(config: Config, out: Path, *, kills: int, seed: int) -> int
     )
     write_json(out / "selftest.json", {"kills": [k._asdict() for k in done], "differences": wrong})
     return int(bool(wrong))
+
+
+def _saving_often(config: Config) -> Config:
+    """The same with a checkpoint every few steps."""
+    changed: dict[str, Any] = {
+        name: {"checkpoint_every": max(1, getattr(config, name).steps // SAVES)}
+        for name in ("pretrain", "rlhf")
+    }
+    # How many steps these take follows from their data.
+    changed |= {name: {"checkpoint_every": 20} for name in ("sft", "reward")}
+    sections = {name: getattr(config, name).model_copy(update=c) for name, c in changed.items()}
+    return config.model_copy(update=sections)
 
 
 @contextlib.contextmanager
@@ -117,16 +134,19 @@ def _check(process: subprocess.Popen, out: Path) -> None:
 
 
 def _until_killed(
-    config: Path,
-    run: Path,
-    out: Path,
-    stages: list[str],
-    lasted: dict[str, float],
-    rng: random.Random,
+    config: Path, run: Path, out: Path, due: list[str], lasted: dict[str, float], rng: random.Random
 ) -> Kill | None:
-    """Starts, or goes on with, a run and kills it; None where it was done before that."""
-    left = [s for s in stages if not (run / s / "done.json").exists()]
-    stage = rng.choice(left or stages)
+    """Starts, or goes on with, a run and kills it in a stage; None where it was done before that.
+
+    Of the stages that are `due` one early in the run is likelier: what it passes is not killed.
+    """
+    left = [s for s in due if not (run / s / "done.json").exists()]
+    if not left:
+        with _running(config, run, out) as process:
+            process.wait()
+        _check(process, out)
+        return None
+    stage = left[0] if rng.random() < EARLIEST else rng.choice(left)
     started = run / stage / "started.json"
     before, saves = _inode(started), run / stage / "checkpoints"
     within = rng.random() < 0.5 and stage != "preferences"  # which saves no checkpoint
@@ -148,7 +168,11 @@ def _until_killed(
             if alive(lambda: time.monotonic() >= end):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                newest = sorted(p.name for p in saves.glob("step_*"))
+                # A stage that had little left may have ended before.
+                left = [s for s in lasted if not (run / s / "done.json").exists()]
+                if left and left[0] != stage:
+                    when, stage = f"{when.removesuffix('its start')}{stage} began", left[0]
+                newest = sorted(p.name for p in (run / stage / "checkpoints").glob("step_*"))
                 return Kill(stage, when, newest[-1] if newest else "its beginning")
         process.wait()
     _check(process, out)

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Int
@@ -21,11 +20,12 @@ from minilm.config import BalanceConfig, LoopConfig
 from minilm.diagnose import alarms, should_stop
 from minilm.errors import UserError
 from minilm.losses.reduce import Mean
-from minilm.metrics import MetricsLog, Progress, read
+from minilm.metrics import MetricsLog, Progress, means, read
 from minilm.model import Transformer
 from minilm.objective import Objective
-from minilm.optim import global_norm
+from minilm.optim import global_norm, moving_average, norms_by_layer, relative_norms
 
+AVERAGE = "average"  # its name in a state's `extra`, and so in checkpoints
 SAMPLE_AFTER = 40.0  # seconds of waiting before a first sample, which may take ten more
 
 
@@ -37,13 +37,18 @@ class TrainState:
     Attributes:
       step: updates made so far.
       extra: counters and coefficients that outlive a step: `skipped` (non-finite updates so far),
-        `skipped_in_a_row`.
+        `skipped_in_a_row`; the `average` of the model over its past, where one is asked for.
     """
 
     step: Int[Array, ""]
     model: Any  # an nnx.Module
     opt_state: Any
-    extra: dict[str, Array]
+    extra: dict[str, Any]
+
+    @property
+    def averaged(self) -> Any:
+        """The model to judge and to keep: the average of its past, where one is kept."""
+        return self.extra.get(AVERAGE, self.model)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -55,10 +60,14 @@ def init_state(
     optimizer: optax.GradientTransformation,
     objective: Objective | None = None,
     balancing: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
+    *,
+    ema_decay: float = 0.0,
 ) -> TrainState:
     """A state that owns its arrays: the step donates them, so a shared model must be copied."""
     model = jax.tree.map(jnp.copy, model)
-    extra = {"skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0)}
+    extra: dict[str, Any] = {"skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0)}
+    if ema_decay:
+        extra[AVERAGE] = jax.tree.map(jnp.copy, model)
     if objective is not None:
         extra |= balance.initial(balancing, len(objective.trained))
     opt_state = optimizer.init(cast(Any, model))  # Optax takes the Module as any pytree
@@ -115,6 +124,8 @@ def make_train_step(
     *,
     accumulation: int = 1,
     balancing: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
+    ema_decay: float = 0.0,
+    log_layers: bool = False,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Mean]]]:
     """One optimizer step as a jitted function that donates the state.
 
@@ -122,6 +133,8 @@ def make_train_step(
       forward: (model, batch) -> outputs that the objective's terms read.
       accumulation: see `make_gradients`.
       balancing: a rule that adapts the terms' weights; its state is the one `init_state` made.
+      ema_decay: of the average that `init_state` began, if not 0: see `moving_average`.
+      log_layers: whether metrics hold the gradient's and the update's size, layer by layer.
     Returns:
       (state, batch) -> (state, metrics). A non-finite gradient changes nothing but the counters
       `skipped`; metrics hold every term, `loss`, `grad_norm`, `skipped_in_a_row`, and
@@ -139,15 +152,22 @@ def make_train_step(
         losses, totals, counts, (grads, *each) = gradients(state.model, batch, directions)
         value, norm = jnp.sum(weights * losses), global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
+        kept = {AVERAGE: state.extra[AVERAGE]} if ema_decay else {}
 
-        def update(model, opt_state, grads):
+        def update(model, opt_state, kept, grads):
             updates, opt_state = optimizer.update(grads, opt_state, model)
-            return optax.apply_updates(model, updates), opt_state
+            moved = cast(Any, optax.apply_updates(model, updates))
+            new = {n: moving_average(old, moved, ema_decay, state.step) for n, old in kept.items()}
+            ratios = relative_norms(updates, model) if log_layers else {}
+            return moved, opt_state, new, ratios
 
-        def skip(model, opt_state, grads):
-            return model, opt_state
+        def skip(model, opt_state, kept, grads):
+            still = jax.tree.map(jnp.zeros_like, grads)
+            return model, opt_state, kept, relative_norms(still, model) if log_layers else {}
 
-        model, opt_state = jax.lax.cond(finite, update, skip, state.model, state.opt_state, grads)
+        model, opt_state, kept, ratios = jax.lax.cond(
+            finite, update, skip, state.model, state.opt_state, kept, grads
+        )
         norms = jnp.stack([global_norm(g) for g in each]) if each else losses
         balanced_next = rule.update(balanced, losses, norms, balancing)
         missed = jnp.where(finite, 0, 1).astype(jnp.int32)
@@ -155,6 +175,7 @@ def make_train_step(
         extra = state.extra | {
             "skipped": state.extra["skipped"] + missed,
             "skipped_in_a_row": in_a_row,
+            **kept,
         }
         for name, new in balanced_next.items():
             extra[f"balance/{name}"] = jnp.where(finite, new, balanced[name])
@@ -167,6 +188,10 @@ def make_train_step(
         if moving:
             named = zip(objective.trained, weights, strict=True)
             metrics |= {f"weight/{name}": Mean(weight, one) for name, weight in named}
+        if log_layers:
+            sizes = {f"grad_norm/{n}": x for n, x in norms_by_layer(grads).items()}
+            sizes |= {f"update_ratio/{n}": x for n, x in ratios.items()}
+            metrics |= {name: Mean(size, one) for name, size in sizes.items()}
         return TrainState(state.step + 1, model, opt_state, extra), metrics
 
     return backend.keep(jax.jit(step, donate_argnums=0))
@@ -287,13 +312,13 @@ def fit(
             # A signal waits for the next record, so that an interrupted run logs the same windows.
             if (k + 1) % loop.log_every and not saving:
                 if len(window) % 4 == 1:
-                    progress.update(k, _means(window[-1:]), tokens_per_step)
+                    progress.update(k, means(window[-1:]), tokens_per_step)
                 continue
             window.append(jax.device_get(previous))
             previous = None
             now = time.perf_counter()
             seconds += now - clock
-            last_metrics = _means(window) | {"learning_rate": float(jnp.asarray(learning_rate(k)))}
+            last_metrics = means(window) | {"learning_rate": float(jnp.asarray(learning_rate(k)))}
             if tokens_per_step:
                 last_metrics["tokens_per_second"] = len(window) * tokens_per_step / (now - clock)
             window = []
@@ -327,19 +352,6 @@ def fit(
     if tokens_per_step and seconds:
         record["tokens_per_second"] = made * tokens_per_step / seconds
     return state, record
-
-
-def _means(window: list[dict]) -> dict[str, float]:
-    """Totals over counts: a mean of means would weigh ragged batches wrongly."""
-    out = {}
-    for name in sorted(window[0], key=lambda n: n != "loss"):  # what is shown first comes first
-        values = [w[name] for w in window]
-        if isinstance(values[0], Mean):
-            total, count = sum(float(v.total) for v in values), sum(float(v.count) for v in values)
-            out[name] = total / count if count else 0.0
-        else:
-            out[name] = float(np.mean(values))
-    return out
 
 
 def _check_finite(in_a_row: int, loop: LoopConfig, title: str, step: int) -> None:

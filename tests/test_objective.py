@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minilm.objective import Objective, Term
+from minilm import terms
+from minilm.losses import language
+from minilm.objective import Chunked, Objective, Term
 
 
 class Numbers(NamedTuple):
@@ -70,3 +72,56 @@ def test_an_empty_mask_gives_a_loss_of_zero_and_a_gradient_of_zero():
 def test_what_lies_under_the_mask_does_not_reach_the_loss(poison):
     outputs = jnp.where(BATCH.weights == 0, poison, OUTPUTS)
     assert float(loss(outputs, BATCH)) == pytest.approx(float(loss(OUTPUTS, BATCH)))
+
+
+def test_outputs_made_in_chunks_give_the_same_losses_and_gradients():
+    """A head's logits 4 positions at a time: 10 positions, so that the last chunk is filled up."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(0, 1, n), jnp.float32) for n in ((2, 5, 3), (3, 7)))
+    batch = Numbers(
+        jnp.asarray(rng.integers(0, 7, (2, 5)), jnp.int32), jnp.asarray(rng.random((2, 5)) > 0.3)
+    )
+    objective = Objective(
+        (
+            Term(
+                "cross_entropy", 1.0,
+                lambda o, b: language.next_token_cross_entropy(o, b.targets), lambda b: b.weights,
+            ),
+            Term("z_loss", 0.1, lambda o, b: language.z_loss(o), lambda b: b.weights),
+            Term("smoothing", 0.2, terms.smoothing, lambda b: b.weights),
+        )
+    )  # fmt: skip
+
+    def loss(hidden, head, chunk):
+        outputs = Chunked(hidden, lambda part: part @ head, chunk) if chunk else hidden @ head
+        return objective.loss(objective.totals(outputs, batch), objective.counts(batch))
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    plain, (of_hidden, of_head) = both(hidden, head, 0)
+    assert of_head.any() and of_hidden.any()
+    for chunk in (4, 10, 64):
+        value, (a, b) = both(hidden, head, chunk)
+        assert float(value) == pytest.approx(float(plain), rel=1e-6)
+        np.testing.assert_allclose(a, of_hidden, atol=1e-6)
+        np.testing.assert_allclose(b, of_head, atol=1e-6)
+
+
+def test_logits_in_chunks_are_never_there_at_once():
+    """What the compiler sets aside for a vocabulary of 8,192 is a chunk's share of the plain."""
+    hidden, head = jnp.zeros((4, 64, 8)), jnp.zeros((8, 8192))
+    batch = Numbers(jnp.zeros((4, 64), jnp.int32), jnp.ones((4, 64)))
+    objective = Objective(
+        (Term("z_loss", 1.0, lambda o, b: language.z_loss(o), lambda b: b.weights),)
+    )
+
+    def loss(hidden, head, chunk):
+        outputs = Chunked(hidden, lambda part: part @ head, chunk) if chunk else hidden @ head
+        return objective.loss(objective.totals(outputs, batch), objective.counts(batch))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    plain, chunked = (
+        gradient.lower(hidden, head, c).compile().memory_analysis().temp_size_in_bytes
+        for c in (0, 16)
+    )
+    assert plain > 4 * 64 * 8192 * 4  # the logits, in bytes
+    assert chunked < plain / 4

@@ -9,7 +9,15 @@ from flax import nnx
 from minilm.checkpoint import flatten
 from minilm.config import ModelConfig, OptimizerConfig
 from minilm.model import Transformer
-from minilm.optim import global_norm, is_layer_matrix, make_optimizer, schedule
+from minilm.optim import (
+    global_norm,
+    is_layer_matrix,
+    make_optimizer,
+    moving_average,
+    norms_by_layer,
+    relative_norms,
+    schedule,
+)
 
 TINY = ModelConfig(
     num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=12,
@@ -152,3 +160,26 @@ def test_adamw_equals_numpy():
 def test_global_norm_is_the_norm_of_all_leaves_together():
     tree = {"a": jnp.asarray([3.0]), "b": jnp.asarray([[0.0, 4.0]], jnp.bfloat16)}
     assert float(global_norm(tree)) == 5.0
+
+
+def test_norms_are_told_layer_by_layer():
+    norms = {k: float(v) for k, v in norms_by_layer(model()).items()}
+    assert norms.keys() == {"embed_tokens", "layers.0", "norm", "lm_head", "score"}
+    flat = flatten(model())
+    inside = [np.asarray(v, np.float64) for k, v in flat.items() if k.startswith("layers.0.")]
+    assert norms["layers.0"] == pytest.approx(np.sqrt(sum(np.sum(v**2) for v in inside)), rel=1e-6)
+    halved = jax.tree.map(lambda x: x / 2, model())
+    ratios = relative_norms(halved, model())
+    assert {k: round(float(v), 6) for k, v in ratios.items()} == dict.fromkeys(norms, 0.5)
+    still = jax.tree.map(jnp.zeros_like, model())
+    assert all(float(v) == 0 for v in relative_norms(halved, still).values())
+
+
+def test_the_moving_average_forgets_its_start_and_then_keeps_its_decay():
+    rng, average, expected = np.random.default_rng(0), jnp.zeros(3), np.zeros(3)
+    for k in range(40):
+        x = rng.normal(0, 1, 3).astype(np.float32)
+        kept = min(0.8, (1 + k) / (10 + k))
+        expected = kept * expected + (1 - kept) * x.astype(np.float64)
+        average = moving_average(average, jnp.asarray(x), 0.8, jnp.int32(k))
+    np.testing.assert_allclose(average, expected, atol=1e-6)

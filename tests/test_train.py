@@ -152,6 +152,35 @@ def test_donation_leaves_the_model_a_state_was_made_from():
     np.testing.assert_array_equal(arrays(model)["embed_tokens"], before["embed_tokens"])
 
 
+def test_the_average_of_the_weights_follows_them_and_a_bad_update_leaves_it():
+    averaging = make_train_step(forward, LANGUAGE, OPTIMIZE, ema_decay=0.5, log_layers=True)
+    state = init_state(new_model(), OPTIMIZE, ema_decay=0.5)
+    assert_equal(state.averaged, state.model)
+    expected = arrays(state.model)
+    for k in range(3):
+        before = arrays(state.model)
+        state, found = averaging(state, ragged_batch())
+        kept = min(0.5, (1 + k) / (10 + k))
+        expected = {n: kept * expected[n] + (1 - kept) * x for n, x in arrays(state.model).items()}
+    for name, array in arrays(state.averaged).items():
+        np.testing.assert_allclose(array, expected[name], atol=1e-6, err_msg=name)
+    plain, three = fresh(), None
+    for _ in range(3):
+        plain, three = STEP(plain, ragged_batch())
+    assert_equal(state.model, plain.model)  # averaging watches, it does not steer
+    # What is logged of the third step, layer by layer.
+    moved = np.linalg.norm(arrays(state.model)["embed_tokens"] - before["embed_tokens"])
+    ratio = moved / np.linalg.norm(before["embed_tokens"])
+    assert float(found["update_ratio/embed_tokens"].value) == pytest.approx(ratio, rel=1e-3)
+    parts = [float(x.value) for n, x in found.items() if n.startswith("grad_norm/")]
+    assert np.hypot.reduce(parts) == pytest.approx(float(three["grad_norm"].value), rel=1e-5)
+    average = arrays(state.averaged)
+    state, found = averaging(state, ragged_batch(weight=np.inf))
+    for name, array in arrays(state.averaged).items():
+        np.testing.assert_array_equal(array, average[name], err_msg=name)
+    assert float(found["update_ratio/layers.0"].value) == 0
+
+
 class Killed(Exception):
     pass
 

@@ -2,6 +2,8 @@
 
 import itertools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from minilm import checkpoint
 from minilm.files import write_json, write_jsonl
 from minilm.losses.language import next_token_cross_entropy
 from minilm.model import Transformer, hidden_states, logits, parameter_count
-from minilm.objective import Objective, Term
+from minilm.objective import Chunked, Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import language_report, parse_report, sample, texts_of, token_losses
 from minilm.stages.workspace import Workspace
@@ -46,6 +48,18 @@ def forward(model: Transformer, batch: Batch):
     return logits(model, hidden_states(model, batch.tokens, batch.segments))
 
 
+def forward_of(chunk: int) -> Callable[[Transformer, Batch], Any]:
+    """`forward`, or what makes its logits `chunk` positions at a time, if not 0."""
+    if not chunk:
+        return forward
+
+    def chunked(model: Transformer, batch: Batch):
+        hidden = hidden_states(model, batch.tokens, batch.segments)
+        return Chunked(hidden, lambda part: logits(model, part), chunk)
+
+    return chunked
+
+
 def pretrain(ws: Workspace) -> dict:
     """Corpus, tokenizer, training, held-out evaluation. Returns the stage's summary."""
     started = time.monotonic()
@@ -64,8 +78,15 @@ def pretrain(ws: Workspace) -> dict:
         configured(LANGUAGE, "pretrain", ws.config, config.steps),
         ws.config.balance,
     )
-    parts = {"accumulation": config.accumulation, "balancing": balancing}
-    update = make_train_step(forward, objective, optimizer, **parts)
+    update = make_train_step(
+        forward_of(config.logits_chunk),
+        objective,
+        optimizer,
+        accumulation=config.accumulation,
+        balancing=balancing,
+        ema_decay=config.ema_decay,
+        log_layers=config.log_layers,
+    )
     subset = documents.held_out[: config.validation_documents]
     key = jax.random.fold_in(jax.random.key(seed), 7)
 
@@ -73,17 +94,17 @@ def pretrain(ws: Workspace) -> dict:
         return update(state, batches[k])
 
     def evaluate(state: TrainState) -> dict:
-        return language_report(state.model, tokenizer, subset, max_length=length)
+        return language_report(state.averaged, tokenizer, subset, max_length=length)
 
     def one_sample(state: TrainState) -> str:
-        texts = _write(state.model, ws, key, SAMPLE_BATCH)
+        texts = _write(state.averaged, ws, key, SAMPLE_BATCH)
         if ws.config.corpus.kind != "fables":
             return texts[0]
         share = parse_report(texts, ws.config.corpus.size)["parse_share"]
         return f"{texts[0]}  ({share:.0%} of {len(texts)} such stories parse)"
 
     state, record = fit(
-        init_state(model, optimizer, objective, balancing),
+        init_state(model, optimizer, objective, balancing, ema_decay=config.ema_decay),
         step,
         title="pretrain",
         steps=config.steps,
@@ -99,7 +120,7 @@ def pretrain(ws: Workspace) -> dict:
         sample=one_sample,
         started=started,
     )
-    return _report(state.model, ws, documents.held_out, record, key)
+    return _report(state.averaged, ws, documents.held_out, record, key)
 
 
 def training_batches(ws: Workspace, documents: list[Document]) -> Batches:

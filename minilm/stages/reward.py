@@ -135,8 +135,15 @@ def _train(ws: Workspace, batches: "Pairs", number: int, folder: Path) -> tuple[
     steps = batches.steps
     optimizer = make_optimizer(config.optimizer, steps)
     objective, balancing = configured(PREFERENCE, "reward", ws.config, steps), ws.config.balance
-    parts = {"accumulation": config.accumulation, "balancing": balancing}
-    update = make_train_step(forward, objective, optimizer, **parts)
+    update = make_train_step(
+        forward,
+        objective,
+        optimizer,
+        accumulation=config.accumulation,
+        balancing=balancing,
+        ema_decay=config.ema_decay,
+        log_layers=config.log_layers,
+    )
 
     def step(state: TrainState, k: int):
         return update(state, batches[k])
@@ -150,7 +157,7 @@ def _train(ws: Workspace, batches: "Pairs", number: int, folder: Path) -> tuple[
     key = jax.random.fold_in(key, number) if number else key
     model.score[...] = jax.random.normal(key, (width,)) * width**-0.5  # pyright: ignore
     state, record = fit(
-        init_state(model, optimizer, objective, balancing),
+        init_state(model, optimizer, objective, balancing, ema_decay=config.ema_decay),
         step,
         title="reward",
         steps=steps,
@@ -161,7 +168,7 @@ def _train(ws: Workspace, batches: "Pairs", number: int, folder: Path) -> tuple[
         files={"tokenizer.json": ws.tokenizer_file},
         learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
     )
-    return state.model, record["seconds"]
+    return state.averaged, record["seconds"]
 
 
 class Pairs:

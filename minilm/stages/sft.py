@@ -37,8 +37,15 @@ def sft(ws: Workspace) -> dict:
     steps = -(-len(train) * config.epochs // config.batch_size)
     optimizer = make_optimizer(config.optimizer, steps)
     objective, balancing = configured(LANGUAGE, "sft", ws.config, steps), ws.config.balance
-    parts = {"accumulation": config.accumulation, "balancing": balancing}
-    update = make_train_step(forward, objective, optimizer, **parts)
+    update = make_train_step(
+        forward,
+        objective,
+        optimizer,
+        accumulation=config.accumulation,
+        balancing=balancing,
+        ema_decay=config.ema_decay,
+        log_layers=config.log_layers,
+    )
     make = functools.partial(completions_of, vocab_size=ws.tokenizer.vocab_size)
     batches = Batches(train, batch_size=config.batch_size, seed=seed, make=make)
 
@@ -47,14 +54,14 @@ def sft(ws: Workspace) -> dict:
 
     def evaluate(state: TrainState) -> dict[str, float]:
         def sums(rows):
-            return _sums(state.model, make(rows))
+            return _sums(state.averaged, make(rows))
 
         loss, tokens = batched(sums, [held_out], config.batch_size).sum(0, np.float64)
         return {"validation_loss": loss / tokens}
 
     model = ws.load("pretrain", scalar_head=False)
     state, record = fit(
-        init_state(model, optimizer, objective, balancing),
+        init_state(model, optimizer, objective, balancing, ema_decay=config.ema_decay),
         step,
         title="sft",
         steps=steps,

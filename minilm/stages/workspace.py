@@ -15,6 +15,9 @@ from minilm.files import read_json, read_jsonl, stage_folder
 from minilm.model import Transformer
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import Tokenizer
+from minilm.train import AVERAGE
+
+AVERAGED = f"extra.{AVERAGE}"  # where a checkpoint has the model's average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,8 @@ def load_model(
     config = ModelConfig.model_validate_json(json.dumps(meta["model"]))
     shape = {"compute_dtype": compute_dtype or meta["compute_dtype"], "rngs": nnx.Rngs(0)}
     model = Transformer(config, meta["vocab_size"], scalar_head=meta["scalar_head"], **shape)
-    model = checkpoint.restore(path, model, prefix="model")
+    averaged = any(key.startswith(AVERAGED) for key in meta["arrays"])
+    model = checkpoint.restore(path, model, prefix=AVERAGED if averaged else "model")
     if scalar_head is not None and scalar_head != meta["scalar_head"]:
         known = checkpoint.flatten(model)
         model = Transformer(config, meta["vocab_size"], scalar_head=scalar_head, **shape)

@@ -119,3 +119,13 @@ def test_another_runs_pretrained_model_tokenizer_and_held_out_documents_are_read
     assert new.held_out() == [Document("a", "1")]
     assert new.stage("reward") == tmp_path / "new" / "reward"
     new.load("pretrain")
+
+
+def test_where_an_average_was_kept_it_is_the_model(ws):
+    average = jax.tree.map(lambda x: 2 * x, model())
+    state = {"model": model(), "extra": {"average": average}}
+    facts = ws.metadata("pretrain") | {"seconds": 1.0, "steps": 5}
+    checkpoint.save(ws.stage("pretrain") / "checkpoints", 5, state, facts, keep=1)
+    found = checkpoint.flatten(ws.load("pretrain"))
+    for name, array in checkpoint.flatten(average).items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
