@@ -23,9 +23,10 @@ from minilm.files import TEMPORARY, read_json, write_atomically, write_json
 from minilm.pipeline import stages_of
 
 console = Console(soft_wrap=True)
-TIMES = {"seconds", "wall_seconds", "tokens_per_second"}
+TIMES = {"seconds", "wall_seconds", "tokens_per_second", "flop_utilization"}
 EARLIEST = 0.7  # how often a kill falls into the earliest stage that is due
 SAVES = 8  # of a stage, about
+FEW_STEPS = 160
 POLL = 0.001  # seconds: a save of a small model takes some fifty
 
 
@@ -102,14 +103,18 @@ def selftest_command(config: Config, out: Path, *, kills: int, seed: int) -> int
 
 def _saving_often(config: Config) -> Config:
     """The same with a checkpoint every few steps."""
-    changed: dict[str, Any] = {
-        name: {"checkpoint_every": max(1, getattr(config, name).steps // SAVES)}
-        for name in ("pretrain", "rlhf")
-    }
-    # How many steps these take follows from their data.
-    changed |= {name: {"checkpoint_every": 20} for name in ("sft", "reward")}
-    sections = {name: getattr(config, name).model_copy(update=c) for name, c in changed.items()}
-    return config.model_copy(update=sections)
+
+    def every(section: Any, steps: int) -> Any:
+        return section.model_copy(update={"checkpoint_every": max(1, steps // SAVES)})
+
+    return config.model_copy(
+        update={
+            "pretrain": every(config.pretrain, config.pretrain.steps),
+            "sft": every(config.sft, FEW_STEPS),  # how many these two take, their data say
+            "reward": every(config.reward, FEW_STEPS),
+            "rlhf": every(config.rlhf, config.rlhf.steps),
+        }
+    )
 
 
 @contextlib.contextmanager

@@ -9,18 +9,19 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minilm import checkpoint
+from minilm import backend, checkpoint
 from minilm.files import write_json, write_jsonl
 from minilm.losses.language import next_token_cross_entropy
-from minilm.model import Transformer, hidden_states, logits, parameter_count
+from minilm.model import Transformer, flops_per_token, hidden_states, logits, parameter_count
 from minilm.objective import Chunked, Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import language_report, parse_report, sample, texts_of, token_losses
 from minilm.stages.workspace import Workspace
 from minilm.terms import configured
 from minilm.text.batches import Batch, Batches, tokenize
-from minilm.text.corpora import Document, split
+from minilm.text.corpora import Document, Split, split
 from minilm.text.fables import charges
+from minilm.text.overlap import copied_shares
 from minilm.text.tokenizer import train_tokenizer
 from minilm.train import TrainState, fit, init_state, make_train_step
 
@@ -120,7 +121,7 @@ def pretrain(ws: Workspace) -> dict:
         sample=one_sample,
         started=started,
     )
-    return _report(state.averaged, ws, documents.held_out, record, key)
+    return _report(state.averaged, ws, documents, record, key)
 
 
 def training_batches(ws: Workspace, documents: list[Document]) -> Batches:
@@ -131,7 +132,8 @@ def training_batches(ws: Workspace, documents: list[Document]) -> Batches:
     return Batches(rows, batch_size=config.batch_size, seed=seed)
 
 
-def _report(model, ws: Workspace, held_out: list[Document], record: dict, key) -> dict:
+def _report(model, ws: Workspace, documents: Split, record: dict, key) -> dict:
+    held_out = documents.held_out
     corpus, config, tokenizer = ws.config.corpus, ws.config.pretrain, ws.tokenizer
     folder, length = ws.stage("pretrain"), config.sequence_length
     summary = language_report(model, tokenizer, held_out, max_length=length)
@@ -152,12 +154,19 @@ def _report(model, ws: Workspace, held_out: list[Document], record: dict, key) -
         ends = np.cumsum([0, *(len(tokenizer.decode([i])) for i in ids)])
         loss_map["exact"] = [float(sum(exact[a:b])) for a, b in itertools.pairwise(ends)]
     write_json(folder / "loss_map.json", loss_map)
+    compared = [texts, [d.text for d in held_out]]
+    copied, usual = copied_shares(compared, (d.text for d in documents.train))
+    speed = record.get("tokens_per_second")
+    flops = flops_per_token(ws.config.model, tokenizer.vocab_size, length) * (speed or 0.0)
     return {
         **summary,
+        "copied": copied,
+        "copied_held_out": usual,
         "parameters": parameter_count(model),
         "vocab_size": tokenizer.vocab_size,
         "held_out_documents": len(held_out),
-        "tokens_per_second": record.get("tokens_per_second"),
+        "tokens_per_second": speed,
+        "flop_utilization": flops / backend.matmul_rate(ws.compute_dtype) / 1e9,
         "seconds": record["seconds"],
     }
 
