@@ -308,6 +308,13 @@ class StudyConfig(Section):
     kl_budgets: tuple[Rate, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats; where to stop
 
 
+class TrackingConfig(Section):
+    """Where metrics go besides each stage's metrics.jsonl. Of no stage: it changes no figure."""
+
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # the extra `track`
+    project: str = "minilm"  # of Weights & Biases and trackio
+
+
 class Config(Section):
     """A whole run."""
 
@@ -325,4 +332,5 @@ class Config(Section):
     rlhf: RLHFConfig = RLHFConfig()
     objective: dict[str, TermConfig] = {}  # by name, beside each stage's own
     balance: BalanceConfig = BalanceConfig()
+    tracking: TrackingConfig = TrackingConfig()
     study: StudyConfig = StudyConfig()  # read by `minilm overoptimize` alone

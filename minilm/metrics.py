@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from minilm.errors import UserError
 from minilm.files import write_atomically
 from minilm.losses.reduce import Mean
+from minilm.trackers import Tracker
 
 _REFRESH = 0.25  # seconds between two redraws of the live line: four a second read as continuous
 _PLAIN = 10.0  # seconds between two plain lines, where there is no terminal
@@ -27,12 +28,13 @@ class MetricsLog:
     Args:
       keep_until: the step of the checkpoint that training goes on from, -1 at the start. Later
         records are cut off: those steps will be taken again.
+      tracker: is told the same, as `train/loss` and so on.
     Raises:
       UserError: the file is not writable, or a line other than the last is not a record.
     """
 
-    def __init__(self, path: Path, keep_until: int):
-        self._path = path
+    def __init__(self, path: Path, keep_until: int, tracker: Tracker | None = None):
+        self._path, self._tracker = path, tracker
         found = _records(path) if path.exists() else []
         write_atomically(path, b"".join(line for line, r in found if r["step"] <= keep_until))
         # Unbuffered: a line is one write, so a killed process leaves at most one torn line.
@@ -52,8 +54,13 @@ class MetricsLog:
         except OSError as error:
             raise UserError(f"cannot write metrics: {error.strerror}", where=self._path) from error
 
+        if self._tracker:
+            self._tracker.log(step, {f"{kind}/{name}": n for name, n in numbers.items()})
+
     def close(self) -> None:
         self._file.close()
+        if self._tracker:
+            self._tracker.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

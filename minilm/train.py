@@ -24,6 +24,7 @@ from minilm.metrics import MetricsLog, Progress, means, read
 from minilm.model import Transformer
 from minilm.objective import Objective
 from minilm.optim import global_norm, moving_average, norms_by_layer, relative_norms
+from minilm.trackers import Tracker
 
 AVERAGE = "average"  # its name in a state's `extra`, and so in checkpoints
 SAMPLE_AFTER = 40.0  # seconds of waiting before a first sample, which may take ten more
@@ -214,6 +215,7 @@ def fit(
     patience: int = 0,
     sample: Callable[[TrainState], str] | None = None,
     started: float | None = None,
+    track: Callable[[int], Tracker] | None = None,
 ) -> tuple[TrainState, dict]:
     """Runs `steps` steps from wherever the newest valid checkpoint in `folder` stands.
 
@@ -229,6 +231,7 @@ def fit(
       patience: evaluations without a lower `best`, after which its checkpoint is the last; 0: off.
       sample: a text shown at a quarter, half and the end, and within a minute of `started`.
       started: `time.monotonic()` of when the stage began, if not now.
+      track: (step to go on from) -> what is told every record too.
     Returns:
       The last state, and a record with `seconds` (of stepping, over all sessions),
       `tokens_per_second` and the last evaluation.
@@ -245,7 +248,7 @@ def fit(
         stored = checkpoint.metadata(found)
         done, seconds = stored["step"], stored["seconds"]
         logged = stored.get("stopped_at", done)
-    log = MetricsLog(folder / "metrics.jsonl", keep_until=logged)
+    log = MetricsLog(folder / "metrics.jsonl", keep_until=logged, tracker=track and track(logged))
     evaluations = {r["step"]: r for r in read(folder / "metrics.jsonl") if r["kind"] == "eval"}
     milestones = {max(steps // 4, 1), max(steps // 2, 1), steps} if sample else set()
 

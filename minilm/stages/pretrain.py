@@ -113,6 +113,7 @@ def pretrain(ws: Workspace) -> dict:
         folder=folder,
         metadata=ws.metadata("pretrain"),
         files={"tokenizer.json": ws.tokenizer_file},
+        track=ws.tracker("pretrain"),
         learning_rate=schedule(config.optimizer, config.steps, config.optimizer.learning_rate),
         tokens_per_step=config.batch_size * length,
         evaluate=evaluate,

@@ -166,6 +166,7 @@ def _train(ws: Workspace, batches: "Pairs", number: int, folder: Path) -> tuple[
         metadata=ws.metadata("reward", scalar_head=True)
         | {"model": model.config.model_dump(mode="json")},
         files={"tokenizer.json": ws.tokenizer_file},
+        track=ws.tracker(f"reward/member_{number}" if number else "reward"),
         learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
     )
     return state.averaged, record["seconds"]

@@ -68,6 +68,7 @@ def rlhf(
         folder=ws.stage("rlhf"),
         metadata=ws.metadata("rlhf", scalar_head=algorithm.critic),
         files={"tokenizer.json": ws.tokenizer_file},
+        track=ws.tracker("rlhf"),
         learning_rate=lambda k: rate(k * per_step),
         evaluate=lambda s: evaluate(s.model),
         best=None if budget is None else rank,

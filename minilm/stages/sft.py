@@ -69,6 +69,7 @@ def sft(ws: Workspace) -> dict:
         folder=ws.stage("sft"),
         metadata=ws.metadata("sft"),
         files={"tokenizer.json": ws.tokenizer_file},
+        track=ws.tracker("sft"),
         learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
         tokens_per_step=config.batch_size * config.sequence_length,
         evaluate=evaluate,

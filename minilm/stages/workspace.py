@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from minilm.files import read_json, read_jsonl, stage_folder
 from minilm.model import Transformer
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import Tokenizer
+from minilm.trackers import TRACKERS, Tracked, Tracker
 from minilm.train import AVERAGE
 
 AVERAGED = f"extra.{AVERAGE}"  # where a checkpoint has the model's average
@@ -65,6 +67,15 @@ class Workspace:
             "scalar_head": scalar_head,
             "tokenizer": self.tokenizer.digest,
         }
+
+    def tracker(self, stage: str) -> Callable[[int], Tracker] | None:
+        """What opens the configured tracker, given the step that a stage goes on from."""
+        tracking, folder = self.config.tracking, self.stage(stage)
+        if tracking.tracker == "none":
+            return None
+        config = self.config.model_dump(mode="json")
+        of = Tracked(folder, self.out.resolve().name, stage, tracking.project, config, 0)
+        return lambda step: TRACKERS[tracking.tracker](of._replace(step=step))
 
     def load(self, stage: str, *, scalar_head: bool | None = None) -> Transformer:
         """The last checkpoint of a stage as a model, checked against this run's tokenizer."""
