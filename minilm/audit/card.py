@@ -10,8 +10,8 @@ import numpy as np
 from minilm.audit.setting import Setting
 from minilm.losses import LOSSES
 from minilm.losses.docstrings import explain
-from minilm.objective import Objective
-from minilm.terms import LOSS_OF, plain
+from minilm.objective import Objective, Term
+from minilm.terms import LOSS_OF, OVER, plain
 
 CONFLICT = -0.1  # cosine below which two terms pull against each other
 RARE = 0.01  # share of the gradient below which a group is hardly heard
@@ -83,7 +83,7 @@ def card_of(setting: Setting, groups: dict[str, np.ndarray] | None = None) -> Ca
     flags += [
         f"rare: {g.name} ({g.elements:.1%} of the elements) has {g.gradient:.2%} of the gradient"
         for g in cards
-        if g.elements and g.gradient < RARE
+        if g.elements and g.gradient < RARE and any(other.gradient for other in cards)
     ]
     flags += [f"idle: {t.name} has no gradient" for t in terms if t.gradient_norm == 0]
     return Card(stage, terms, cosines, cards, heaviest, flags)
@@ -96,7 +96,13 @@ def described(term: str) -> tuple[str, str, str]:
 
 
 def element_gradients(aim: Objective, outputs: Any, batch: Any) -> np.ndarray:
-    """‖d loss / d outputs‖ of each element, of the shape of the elements' weights."""
+    """‖d loss / d outputs‖ of each element, of the shape of the elements' weights.
+
+    Terms of other elements, such as whole lists, and outputs of other shapes have no part in it.
+    """
+    aim = Objective(_of_elements(aim))
+    if not aim.trained:
+        return np.zeros(aim.terms[0].over(batch).shape)
 
     def loss(outputs):
         return aim.loss(aim.totals(outputs, batch), aim.counts(batch))
@@ -104,6 +110,8 @@ def element_gradients(aim: Objective, outputs: Any, batch: Any) -> np.ndarray:
     shape = aim.terms[0].over(batch).shape
     total = np.zeros(shape)
     for leaf in jax.tree.leaves(jax.grad(loss, allow_int=True)(outputs)):
+        if leaf.shape[: len(shape)] != shape:
+            continue
         squares = np.square(np.asarray(leaf, np.float64))
         total += squares.sum(axis=tuple(range(len(shape), squares.ndim)))
     return np.sqrt(total)
@@ -111,13 +119,19 @@ def element_gradients(aim: Objective, outputs: Any, batch: Any) -> np.ndarray:
 
 def element_losses(aim: Objective, outputs: Any, batch: Any) -> np.ndarray:
     """|Σ weight · loss| of each element over the trained terms, elements' weights included."""
-    total = 0.0
-    for term, weight in zip(aim.terms, _all_weights(aim), strict=True):
+    own = Objective(_of_elements(aim))
+    total = np.zeros(own.terms[0].over(batch).shape)
+    for term, weight in zip(own.terms, _all_weights(own), strict=True):
         if weight:
             over = np.asarray(term.over(batch), np.float64)
             values = np.where(over > 0, np.asarray(term.values(outputs, batch), np.float64), 0.0)
             total = total + weight * over * values / max(over.sum(), 1e-9)
     return np.abs(total)
+
+
+def _of_elements(aim: Objective) -> tuple[Term, ...]:
+    """The terms that are paid for the stage's own elements."""
+    return tuple(term for term in aim.terms if term.over not in OVER.values())
 
 
 def _all_weights(aim: Objective) -> list[float]:

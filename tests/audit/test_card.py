@@ -1,5 +1,6 @@
 """The objective card on a model of two numbers, against closed forms."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from minilm.audit.card import card_of, described, element_gradients, element_losses
-from minilm.audit.setting import Setting
+from minilm.audit.setting import SETTINGS, Setting
+from minilm.config import TermConfig
 from minilm.objective import Objective, Term
+from minilm.stages.workspace import open_run
 
 
 class Batch(NamedTuple):
@@ -89,3 +92,16 @@ def test_a_term_is_described_by_the_docstring_of_its_loss():
     pays, rewards, ignores = described("centering")
     assert "pays" in pays
     assert rewards != ignores
+
+
+def test_a_term_of_lists_has_no_part_in_the_pairs_shares(tiny_run):
+    ws = open_run(tiny_run)
+    only_lists = {
+        "bradley_terry": TermConfig(weight=0.0), "plackett_luce": TermConfig(weight=1.0),
+    }  # fmt: skip
+    config = ws.config.model_copy(update={"objective": only_lists})
+    card = card_of(SETTINGS["reward"](dataclasses.replace(ws, config=config)))
+    assert [t.name for t in card.terms] == ["plackett_luce"]
+    assert card.terms[0].gradient_norm > 0
+    assert {g.gradient for g in card.groups} == {0.0}
+    assert not any(flag.startswith("rare") for flag in card.flags)
