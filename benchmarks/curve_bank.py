@@ -34,10 +34,10 @@ from minilm.model import Transformer
 from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import language_report
 from minilm.stages.pretrain import LANGUAGE, forward
+from minilm.step import TrainState, init_state, make_train_step
 from minilm.text.batches import Batch, Batches, pack
 from minilm.text.corpora import Document, split
 from minilm.text.tokenizer import Tokenizer, train_tokenizer
-from minilm.train import TrainState, init_state, make_train_step
 
 BANK = Path(__file__).parents[1] / "tests/data/curves"
 SEEDS = range(6)

@@ -26,8 +26,8 @@ from minilm.rewards import Normalization, RewardModel
 from minilm.stages import reward, rlhf
 from minilm.stages.policy import proxy_scores
 from minilm.stages.pretrain import LANGUAGE, forward
+from minilm.step import init_state, make_train_step
 from minilm.text.batches import batch_of
-from minilm.train import init_state, make_train_step
 
 PAD, EOS, VOCAB, PROMPT, ROOM = 0, 1, 16, 3, 16
 FAVOURED = (2, 3, 4)

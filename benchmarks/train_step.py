@@ -20,8 +20,8 @@ def prepare(config: Config, vocab: int, dtype: str) -> alternate.Prepared:
     from minilm.model import Transformer
     from minilm.optim import make_optimizer
     from minilm.stages.pretrain import LANGUAGE, forward
+    from minilm.step import init_state, make_train_step
     from minilm.text.batches import batch_of
-    from minilm.train import init_state, make_train_step
 
     settings = config.pretrain
     rows = np.random.default_rng(0).integers(

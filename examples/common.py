@@ -25,7 +25,7 @@ from minilm.config import BackendConfig, BalanceConfig, OptimizerConfig
 from minilm.files import write_atomically
 from minilm.objective import Objective, Term, Weight
 from minilm.optim import make_optimizer
-from minilm.train import init_state, make_train_step
+from minilm.step import init_state, make_train_step
 
 HIDDEN = (16, 16)  # widths
 # Gradients are not clipped: that would hide how hard a loss pulls, which is what is studied.

@@ -43,9 +43,10 @@ from minilm.losses.classification import binary_cross_entropy
 from minilm.model import Transformer, sequence_score
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
+from minilm.step import init_state, make_train_step
 from minilm.text.corpora import pydoc, split
 from minilm.text.tokenizer import Tokenizer, train_tokenizer
-from minilm.train import fit, init_state, make_train_step
+from minilm.train import fit
 
 WRONG_STARS = 0.1
 MOOD = 0.85  # share of the judgements that are of the writer's mood

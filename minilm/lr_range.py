@@ -21,11 +21,11 @@ from minilm.files import write_atomically, write_json
 from minilm.model import Transformer
 from minilm.optim import make_optimizer
 from minilm.stages.pretrain import LANGUAGE, forward
+from minilm.step import init_state, make_train_step
 from minilm.terms import configured
 from minilm.text.batches import Batches, pack
 from minilm.text.corpora import split
 from minilm.text.tokenizer import train_tokenizer
-from minilm.train import init_state, make_train_step
 
 LOW, HIGH, STEPS = 1e-5, 10.0, 120  # twenty steps a decade
 BROKEN = 3.0  # times the first loss: what comes after teaches nothing more

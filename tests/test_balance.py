@@ -13,7 +13,7 @@ from minilm.config import BalanceConfig, OptimizerConfig
 from minilm.errors import UserError
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer
-from minilm.train import init_state, make_train_step
+from minilm.step import init_state, make_train_step
 
 CONFIG = BalanceConfig(method="uncertainty", learning_rate=0.1)
 

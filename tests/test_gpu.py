@@ -21,8 +21,8 @@ from minilm.rewards import Normalization, RewardModel
 from minilm.rollout import completion_outputs
 from minilm.stages.pretrain import LANGUAGE, forward
 from minilm.stages.rlhf import make_collect, make_step, start_state
+from minilm.step import init_state, make_train_step
 from minilm.text.batches import batch_of
-from minilm.train import init_state, make_train_step
 
 pytestmark = pytest.mark.gpu
 SHAPE = ModelConfig(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16)

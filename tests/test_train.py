@@ -1,184 +1,20 @@
-"""The step's gradient, what a bad gradient may not do, and runs that are interrupted."""
+"""Runs that are interrupted, and what they log."""
 
 import json
 import os
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from toy import LOOP, OPTIMIZER, STEP, STEPS, arrays, assert_equal, fresh, ragged_batch
 
 from minilm import checkpoint, metrics
-from minilm.checkpoint import flatten
-from minilm.config import LoopConfig, ModelConfig, OptimizerConfig
 from minilm.errors import UserError
-from minilm.losses.language import next_token_cross_entropy
 from minilm.losses.reduce import Mean
-from minilm.model import Transformer, hidden_states, logits
-from minilm.objective import Objective, Term
-from minilm.optim import make_optimizer, schedule
-from minilm.text.batches import Batch, batch_of
-from minilm.train import Interrupted, TrainState, fit, init_state, make_train_step
-
-VOCAB = 11
-CONFIG = ModelConfig(
-    num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24
-)  # fmt: skip
-OPTIMIZER = OptimizerConfig(learning_rate=0.03, weight_decay=0.1, clip_norm=1.0)
-LOOP = LoopConfig(
-    optimizer=OPTIMIZER, log_every=2, evaluate_every=4, checkpoint_every=4, keep_checkpoints=2
-)  # fmt: skip
-LANGUAGE = Objective(
-    (
-        Term(
-            "cross_entropy", 1.0,
-            lambda o, b: next_token_cross_entropy(o, b.targets), lambda b: b.weights,
-        ),
-    )
-)  # fmt: skip
-STEPS = 12
-
-
-def forward(model, batch):
-    return logits(model, hidden_states(model, batch.tokens, batch.segments))
-
-
-def new_model() -> Transformer:
-    shape = jax.eval_shape(lambda: Transformer(CONFIG, VOCAB, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape).astype(x.dtype)), shape)
-
-
-def ragged_batch(seed: int = 0, *, weight: float = 1.0) -> Batch:
-    """Rows with 12, 1, 7 and no real targets, each token one more than the one before."""
-    rng = np.random.default_rng(seed)
-    rows = (2 + (rng.integers(0, 9, (4, 1)) + np.arange(13)) % 9).astype(np.int32)
-    for row, length in zip(rows, (12, 1, 7, 0), strict=True):
-        row[length + 1 :] = 0
-    batch = batch_of(rows)
-    return batch._replace(weights=np.where(batch.weights > 0, np.float32(weight), np.float32(0)))
-
-
-OPTIMIZE = make_optimizer(OPTIMIZER, STEPS)
-STEP = make_train_step(forward, LANGUAGE, OPTIMIZE)
-
-
-def fresh() -> TrainState:
-    return init_state(new_model(), OPTIMIZE)
-
-
-def arrays(tree) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
-
-
-def assert_equal(a, b) -> None:
-    a, b = arrays(a), arrays(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def test_accumulated_gradient_is_that_of_the_whole_batch():
-    """maxtext#3040, trl#3021: with ragged rows a mean of micro-batch means is another objective."""
-    batch = ragged_batch()
-    split = make_train_step(forward, LANGUAGE, OPTIMIZE, accumulation=4)
-    (whole, of_whole), (parts, of_parts) = STEP(fresh(), batch), split(fresh(), batch)
-    assert float(of_whole["loss"].value) == pytest.approx(float(of_parts["loss"].value), rel=1e-6)
-    assert float(of_whole["grad_norm"].value) == pytest.approx(
-        float(of_parts["grad_norm"].value), rel=1e-5
-    )
-    assert float(of_parts["cross_entropy"].count) == 12 + 1 + 7
-    # Adam's first moment is a tenth of the (clipped) gradient: compared leaf by leaf.
-    for name, found in arrays(parts.opt_state).items():
-        np.testing.assert_allclose(
-            found, arrays(whole.opt_state)[name], rtol=1e-3, atol=1e-7, err_msg=name
-        )
-
-
-def test_loss_and_gradient_norm_are_those_of_the_mean_over_real_tokens():
-    model = new_model()
-
-    def plain(model, batch):
-        scores = forward(model, batch)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(scores), batch.targets[..., None], 2)
-        return -jnp.sum(picked[..., 0] * batch.weights) / 20
-
-    value, gradient = jax.jit(jax.value_and_grad(plain))(model, ragged_batch())
-    _, found = STEP(fresh(), ragged_batch())
-    assert float(found["loss"].value) == pytest.approx(float(value), rel=1e-5)
-    norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in arrays(gradient).values()))
-    assert float(found["grad_norm"].value) == pytest.approx(norm, rel=1e-5)
-
-
-def test_an_empty_mask_is_a_loss_of_zero_and_no_nan():
-    batch = ragged_batch()._replace(weights=np.zeros((4, 12), np.float32))
-    state, found = STEP(fresh(), batch)
-    assert (float(found["loss"].value), float(found["grad_norm"].value)) == (0, 0)
-    assert float(found["cross_entropy"].count) == 0  # and it is reported
-    assert all(np.isfinite(x).all() for x in arrays(state).values())
-
-
-def test_a_non_finite_gradient_changes_nothing_but_the_counters():
-    before = arrays(fresh())
-    state, found = STEP(fresh(), ragged_batch(weight=np.inf))
-    assert not np.isfinite(float(found["loss"].value))
-    counters = {"step": 1, "extra.skipped": 1, "extra.skipped_in_a_row": 1}
-    for name, array in arrays(state).items():
-        np.testing.assert_array_equal(array, counters.get(name, before[name]), err_msg=name)
-    state, _ = STEP(state, ragged_batch())
-    assert (int(state.extra["skipped"]), int(state.extra["skipped_in_a_row"])) == (1, 0)
-    assert_equal(state.model, STEP(fresh(), ragged_batch())[0].model)  # as if it had not been
-
-
-def test_one_compilation_serves_all_steps_and_the_loss_goes_down():
-    state, losses = fresh(), []
-    for _ in range(STEPS):
-        state, found = STEP(state, ragged_batch())
-        losses.append(float(found["loss"].value))
-    assert int(state.step) == STEPS
-    assert STEP._cache_size() == 1
-    assert losses[-1] < 0.7 * losses[0]
-
-
-def test_donation_leaves_the_model_a_state_was_made_from():
-    """The reference policy is a copy: a donated one would be deleted under its user."""
-    model = new_model()
-    state, before = init_state(model, OPTIMIZE), arrays(model)
-    old = state.model.embed_tokens[...]
-    STEP(state, ragged_batch())
-    assert old.is_deleted()  # the state's own arrays are given away
-    np.testing.assert_array_equal(arrays(model)["embed_tokens"], before["embed_tokens"])
-
-
-def test_the_average_of_the_weights_follows_them_and_a_bad_update_leaves_it():
-    averaging = make_train_step(forward, LANGUAGE, OPTIMIZE, ema_decay=0.5, log_layers=True)
-    state = init_state(new_model(), OPTIMIZE, ema_decay=0.5)
-    assert_equal(state.averaged, state.model)
-    expected = arrays(state.model)
-    for k in range(3):
-        before = arrays(state.model)
-        state, found = averaging(state, ragged_batch())
-        kept = min(0.5, (1 + k) / (10 + k))
-        expected = {n: kept * expected[n] + (1 - kept) * x for n, x in arrays(state.model).items()}
-    for name, array in arrays(state.averaged).items():
-        np.testing.assert_allclose(array, expected[name], atol=1e-6, err_msg=name)
-    plain, three = fresh(), None
-    for _ in range(3):
-        plain, three = STEP(plain, ragged_batch())
-    assert_equal(state.model, plain.model)  # averaging watches, it does not steer
-    # What is logged of the third step, layer by layer.
-    moved = np.linalg.norm(arrays(state.model)["embed_tokens"] - before["embed_tokens"])
-    ratio = moved / np.linalg.norm(before["embed_tokens"])
-    assert float(found["update_ratio/embed_tokens"].value) == pytest.approx(ratio, rel=1e-3)
-    parts = [float(x.value) for n, x in found.items() if n.startswith("grad_norm/")]
-    assert np.hypot.reduce(parts) == pytest.approx(float(three["grad_norm"].value), rel=1e-5)
-    average = arrays(state.averaged)
-    state, found = averaging(state, ragged_batch(weight=np.inf))
-    for name, array in arrays(state.averaged).items():
-        np.testing.assert_array_equal(array, average[name], err_msg=name)
-    assert float(found["update_ratio/layers.0"].value) == 0
+from minilm.optim import schedule
+from minilm.step import TrainState
+from minilm.train import Interrupted, fit
 
 
 class Killed(Exception):

@@ -18,9 +18,9 @@ from minilm.rewards import RewardModel
 from minilm.stages import pretrain, reward, rlhf
 from minilm.stages.preferences import load_pairs
 from minilm.stages.workspace import Workspace
+from minilm.step import make_gradients
 from minilm.terms import configured
 from minilm.text.corpora import split
-from minilm.train import make_gradients
 
 TRAINED = ("pretrain", "reward", "rlhf")
 # Of losses in nats and of relative gradients: what rounding may change between two ways to compute
@@ -44,7 +44,7 @@ class Setting(NamedTuple):
         return TOLERANCES[self.ws.compute_dtype]
 
     def gradients(self, model: Any, batch: Any, directions, accumulation: int = 1):
-        """Losses, totals, counts and a gradient a direction: see `minilm.train.make_gradients`."""
+        """Losses, totals, counts and a gradient a direction: see `minilm.step.make_gradients`."""
         found = make_gradients(self.forward, self.objective, accumulation)
         return backend.keep(jax.jit(found))(model, batch, directions)
 

@@ -17,13 +17,14 @@ from minilm.objective import Chunked, Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import language_report, parse_report, sample, texts_of, token_losses
 from minilm.stages.workspace import Workspace
+from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
 from minilm.text.batches import Batch, Batches, tokenize
 from minilm.text.corpora import Document, Split, split
 from minilm.text.fables import charges
 from minilm.text.overlap import copied_shares
 from minilm.text.tokenizer import train_tokenizer
-from minilm.train import TrainState, fit, init_state, make_train_step
+from minilm.train import fit
 
 SAMPLE_BATCH = 64  # one shape, so that samples during training and at the end share a compilation
 

@@ -21,10 +21,11 @@ from minilm.stages.evaluate import batched, sample, texts_of
 from minilm.stages.preferences import load_pairs
 from minilm.stages.statistics import cluster_interval, reliability, spearman
 from minilm.stages.workspace import Workspace
+from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
 from minilm.text.preferences import Pair, label_probabilities
 from minilm.text.tokenizer import Tokenizer
-from minilm.train import TrainState, fit, init_state, make_train_step
+from minilm.train import fit
 
 MAX_GROUP = 8  # completions of a prompt scored together; larger groups fall apart into pairs
 

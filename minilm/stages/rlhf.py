@@ -24,9 +24,10 @@ from minilm.rollout import Outputs, Rollout, complete_rollout, completion_output
 from minilm.stages.evaluate import prompt_rows
 from minilm.stages.reward import load_reward_model
 from minilm.stages.workspace import Workspace
+from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
 from minilm.text.prompts import prompt_sets
-from minilm.train import TrainState, fit, init_state, make_train_step
+from minilm.train import fit
 
 # (prompts as rows, their completions) -> a score each, in standard deviations of the reference's.
 type Judged = Callable[[np.ndarray, Samples], np.ndarray]

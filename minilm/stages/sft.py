@@ -17,11 +17,12 @@ from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import batched
 from minilm.stages.pretrain import LANGUAGE, forward
 from minilm.stages.workspace import Workspace
+from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
 from minilm.text.batches import Batch, Batches, batch_of, pack
 from minilm.text.formats import example
 from minilm.text.tokenizer import Tokenizer
-from minilm.train import TrainState, fit, init_state, make_train_step
+from minilm.train import fit
 
 
 def sft(ws: Workspace) -> dict:

@@ -14,10 +14,10 @@ from minilm.config import Config, ModelConfig
 from minilm.errors import UserError
 from minilm.files import read_json, read_jsonl, stage_folder
 from minilm.model import Transformer
+from minilm.step import AVERAGE
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import Tokenizer
 from minilm.trackers import TRACKERS, Tracked, Tracker
-from minilm.train import AVERAGE
 
 AVERAGED = f"extra.{AVERAGE}"  # where a checkpoint has the model's average
 
