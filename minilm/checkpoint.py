@@ -43,9 +43,12 @@ def save(
     Raises:
       UserError: the disk is full or not writable. Older checkpoints are then as they were.
     """
+    import jax
     import orbax.checkpoint as ocp
 
     arrays = flatten(tree)
+    if jax.process_count() > 1:  # Orbax would ask whose array it is
+        arrays = jax.device_get(arrays)
     path = folder / f"step_{step:08d}"
     temporary = folder / f"{TEMPORARY}{path.name}"
     try:
@@ -55,7 +58,7 @@ def save(
         # Asked beforehand, since on a full disk Orbax's threads print a screen of tracebacks.
         if shutil.disk_usage(folder).free < sum(array.nbytes for array in arrays.values()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        ocp.PyTreeCheckpointer().save(temporary.absolute() / "arrays", arrays)
+        _orbax().save(temporary.absolute() / "arrays", ocp.args.PyTreeSave(arrays))
         for target, source in files.items():
             shutil.copyfile(source, temporary / target)
         written = sorted(f for f in temporary.rglob("*") if f.is_file())
@@ -118,8 +121,19 @@ def load_arrays(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
     keys = [key for key in metadata(path)["arrays"] if key.startswith(prefix)]
     how = dict.fromkeys(keys, ocp.RestoreArgs(restore_type=np.ndarray))
     request = ocp.args.PyTreeRestore(item=how, restore_args=how, partial_restore=True)
-    arrays = ocp.PyTreeCheckpointer().restore(path.absolute() / "arrays", args=request)
+    arrays = _orbax().restore(path.absolute() / "arrays", args=request)
     return {key: arrays[key] for key in keys}  # in the tree's order
+
+
+def _orbax() -> Any:
+    """Orbax's checkpointer; of several processes the first saves and reads, and waits for none."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    options: dict[str, Any] = {}
+    if jax.process_count() > 1:
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(0, {0}, "first")
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options), **options)
 
 
 def metadata(path: Path) -> dict[str, Any]:

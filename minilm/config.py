@@ -308,6 +308,19 @@ class StudyConfig(Section):
     kl_budgets: tuple[Rate, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats; where to stop
 
 
+class ParallelConfig(Section):
+    """One mesh of devices for pretraining and fine-tuning: docs/scaling.md. Of no stage: a run
+    may go on with another."""
+
+    data: Positive = 1  # devices that each take a part of the batch
+    fsdp: Positive = 1  # the same, and the parameters and the optimizer's state are split too
+    tensor: Positive = 1  # devices that share each row's heads and hidden units
+    # Of several processes: HOST:PORT of the first; "auto" where SLURM, Open MPI or a TPU pod say.
+    coordinator: str | None = None
+    processes: Positive = 1
+    process: Natural = 0  # this one's number
+
+
 class TrackingConfig(Section):
     """Where metrics go besides each stage's metrics.jsonl. Of no stage: it changes no figure."""
 
@@ -332,5 +345,6 @@ class Config(Section):
     rlhf: RLHFConfig = RLHFConfig()
     objective: dict[str, TermConfig] = {}  # by name, beside each stage's own
     balance: BalanceConfig = BalanceConfig()
+    parallel: ParallelConfig = ParallelConfig()
     tracking: TrackingConfig = TrackingConfig()
     study: StudyConfig = StudyConfig()  # read by `minilm overoptimize` alone

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,8 @@ def run(
             choose(dict.fromkeys(NAMES), name, option)
     if init is not None and not (stage_folder(init, "pretrain") / "done.json").exists():
         raise UserError("no finished pretrained model there", where="--init", value=str(init))
+    if config.parallel.coordinator is not None:
+        out = _joined(config, out, until, only)
     borrowed = ("pretrain",) if init else ()
     if init and (init / "sft" / "done.json").exists():
         borrowed += ("sft",)
@@ -63,6 +66,28 @@ def run(
         borrowed = lent if _lends_pairs(config, Place(out, init, lent)) else borrowed
     with _locked(out):
         _run_locked(config, Place(out, init, borrowed), until, redo, only)
+
+
+def _joined(config: Config, out: Path, until: str | None, only: str | None) -> Path:
+    """Joins the other processes; each but the first works in a folder of its own within `out`."""
+    if (only or until) not in ("pretrain", "sft"):
+        raise UserError(
+            "several processes pretrain and fine-tune; the other stages run in one",
+            where="parallel.coordinator",
+            hint="minilm pretrain CONFIG in each process, then minilm run CONFIG without it",
+        )
+    if config.backend.compute_dtype == "auto":
+        raise UserError(
+            "several processes have to compute in the same way",
+            where="backend.compute_dtype",
+            value="auto",
+            allowed="float32 or bfloat16, the same in all",
+        )
+    number = _function("minilm.parallel:start")(config.parallel)
+    own = out / f"process_{number}" if number else out
+    if number:  # nothing in it is read again: the first process saves
+        shutil.rmtree(own, ignore_errors=True)
+    return own
 
 
 class Place(NamedTuple):

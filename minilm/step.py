@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
+from jaxtyping import Array
 
-from minilm import backend, balance
+from minilm import backend, balance, parallel
 from minilm.balance import balance_of
 from minilm.config import BalanceConfig
 from minilm.losses.reduce import Mean
@@ -32,7 +33,7 @@ class TrainState:
         `skipped_in_a_row`; the `average` of the model over its past, where one is asked for.
     """
 
-    step: Int[Array, ""]
+    step: Any  # int32 []
     model: Any  # an nnx.Module
     opt_state: Any
     extra: dict[str, Any]
@@ -114,6 +115,7 @@ def make_train_step(
     balancing: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
     ema_decay: float = 0.0,
     log_layers: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Mean]]]:
     """One optimizer step as a jitted function that donates the state.
 
@@ -123,6 +125,7 @@ def make_train_step(
       balancing: a rule that adapts the terms' weights; its state is the one `init_state` made.
       ema_decay: of the average that `init_state` began, if not 0: see `moving_average`.
       log_layers: whether metrics hold the gradient's and the update's size, layer by layer.
+      mesh: that the state lies on: see `minilm.parallel`.
     Returns:
       (state, batch) -> (state, metrics). A non-finite gradient changes nothing but the counters
       `skipped`; metrics hold every term, `loss`, `grad_norm`, `skipped_in_a_row`, and
@@ -180,6 +183,7 @@ def make_train_step(
             sizes = {f"grad_norm/{n}": x for n, x in norms_by_layer(grads).items()}
             sizes |= {f"update_ratio/{n}": x for n, x in ratios.items()}
             metrics |= {name: Mean(size, one) for name, size in sizes.items()}
-        return TrainState(state.step + 1, model, opt_state, extra), metrics
+        after = TrainState(state.step + 1, model, opt_state, extra)
+        return parallel.constrain(mesh, after), metrics
 
     return backend.keep(jax.jit(step, donate_argnums=0))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from minilm import checkpoint
+from minilm import checkpoint, parallel
 from minilm.config import LoopConfig
 from minilm.diagnose import alarms, should_stop
 from minilm.errors import UserError
@@ -69,15 +69,19 @@ def fit(
     """
     started = started or time.monotonic()
     checkpoints = folder / "checkpoints"
-    found = checkpoint.latest(checkpoints)
+    found = checkpoint.latest(checkpoints)  # of several processes the first alone saves
     done, seconds, logged = 0, 0.0, -1
     if found:
-        state = checkpoint.restore(found, state)
         stored = checkpoint.metadata(found)
         done, seconds = stored["step"], stored["seconds"]
         logged = stored.get("stopped_at", done)
+    done, seconds, logged = parallel.said_by_first(done, seconds, logged)
+    if done:
+        state = parallel.read_by_first(state, lambda like: _restored(found, like))
     log = MetricsLog(folder / "metrics.jsonl", keep_until=logged, tracker=track and track(logged))
     evaluations = {r["step"]: r for r in read(folder / "metrics.jsonl") if r["kind"] == "eval"}
+    if parallel.several():  # what one of them has evaluated, all evaluate again: in step
+        evaluations.pop(done, None)
     milestones = {max(steps // 4, 1), max(steps // 2, 1), steps} if sample else set()
 
     def rank(figures: Mapping[str, Any]) -> float:
@@ -85,10 +89,13 @@ def fit(
 
     def save(step_count: int, seconds: float) -> None:
         nonlocal saved
+        own = parallel.whole(state)
+        if not parallel.is_first():
+            return
         saved = checkpoint.save(
             checkpoints,
             step_count,
-            state,
+            own,
             metadata | {"seconds": seconds, "steps": steps, "metrics": last_metrics},
             keep=loop.keep_checkpoints,
             files=files,
@@ -114,10 +121,11 @@ def fit(
                 warned.add(verdict.name)
 
     def stopped_early() -> bool:
-        if not (best and patience and saved):
+        if not (best and patience):
             return False
         known = sorted(evaluations)
-        return should_stop(known, [rank(evaluations[s]) for s in known], patience)
+        ranks = [rank(evaluations[s]) for s in known]
+        return parallel.any_says(saved is not None and should_stop(known, ranks, patience))
 
     warned: set[str] = set()
     last_metrics: dict = {}
@@ -126,8 +134,8 @@ def fit(
     sampled = done > 0
     opened = contextlib.closing(log)
     with opened, _Signals() as signals, Progress(title, steps, start=done) as progress:
-        if found and done:
-            progress.note(f"{title}: resumed at step {done} from {found.name}")
+        if done:
+            progress.note(f"{title}: resumed at step {done}")
         if done == 0 or done == steps or done % loop.evaluate_every == 0:
             evaluate_now(done)
         previous = None
@@ -156,9 +164,10 @@ def fit(
             log.log(k + 1, last_metrics)
             progress.update(k + 1, last_metrics, tokens_per_step)
             _check_finite(int(state.extra["skipped_in_a_row"]), loop, title, k + 1)
-            if saving or signals.caught:
+            caught = parallel.any_says(signals.caught)
+            if saving or caught:
                 save(k + 1, seconds)
-            if signals.caught:
+            if caught:
                 raise Interrupted(f"{title} saved at step {k + 1}; the same command goes on")
             if due:
                 evaluate_now(k + 1)
@@ -166,7 +175,7 @@ def fit(
                 stopped = (k + 1 < steps or callable(best)) and stopped_early()
                 if stopped:
                     break
-            early = not sampled and time.monotonic() - started > SAMPLE_AFTER
+            early = parallel.any_says(not sampled and time.monotonic() - started > SAMPLE_AFTER)
             if sample and (early or any(k + 1 - loop.log_every < m <= k + 1 for m in milestones)):
                 progress.note(f"{title} {k + 1}/{steps} writes: {sample(state)}")
                 sampled = True
@@ -176,13 +185,18 @@ def fit(
         last = made = steps
         if stopped:
             made = max(evaluations)
-            kept = checkpoint.keep_best(checkpoints, made)
-            state, last = checkpoint.restore(kept, state), checkpoint.metadata(kept)["step"]
+            kept = checkpoint.keep_best(checkpoints, made) if parallel.is_first() else None
+            state = parallel.read_by_first(state, lambda like: _restored(kept, like))
+            (last,) = parallel.said_by_first(checkpoint.metadata(kept)["step"] if kept else 0)
             progress.note(f"{title}: stopped at step {made}, back to the best, step {last}")
     record = {"seconds": seconds, **evaluations.get(last, {})}
     if tokens_per_step and seconds:
         record["tokens_per_second"] = made * tokens_per_step / seconds
     return state, record
+
+
+def _restored(found: Path | None, like: TrainState) -> TrainState:
+    return checkpoint.restore(found, like) if found else like
 
 
 def _check_finite(in_a_row: int, loop: LoopConfig, title: str, step: int) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minilm import backend, checkpoint
+from minilm import backend, checkpoint, parallel
 from minilm.files import write_json, write_jsonl
 from minilm.losses.language import next_token_cross_entropy
 from minilm.model import Transformer, flops_per_token, hidden_states, logits, parameter_count
@@ -74,8 +74,7 @@ def pretrain(ws: Workspace) -> dict:
     batches = training_batches(ws, documents.train)
     write_jsonl(folder / "held_out.jsonl", [d._asdict() for d in documents.held_out])
     optimizer = make_optimizer(config.optimizer, config.steps)
-    shape = {"compute_dtype": ws.compute_dtype, "rngs": nnx.Rngs(seed)}
-    model = Transformer(ws.config.model, tokenizer.vocab_size, **shape)
+    mesh = parallel.make_mesh(ws.config.parallel, ws.config.model, config.batch_size)
     objective, balancing = (
         configured(LANGUAGE, "pretrain", ws.config, config.steps),
         ws.config.balance,
@@ -88,25 +87,31 @@ def pretrain(ws: Workspace) -> dict:
         balancing=balancing,
         ema_decay=config.ema_decay,
         log_layers=config.log_layers,
+        mesh=mesh,
     )
     subset = documents.held_out[: config.validation_documents]
     key = jax.random.fold_in(jax.random.key(seed), 7)
 
+    def start() -> TrainState:
+        shape = {"compute_dtype": ws.compute_dtype, "rngs": nnx.Rngs(seed)}
+        model = Transformer(ws.config.model, tokenizer.vocab_size, **shape)
+        return init_state(model, optimizer, objective, balancing, ema_decay=config.ema_decay)
+
     def step(state: TrainState, k: int):
-        return update(state, batches[k])
+        return update(state, parallel.read(mesh, batches, k))
 
     def evaluate(state: TrainState) -> dict:
-        return language_report(state.averaged, tokenizer, subset, max_length=length)
+        return language_report(parallel.whole(state.averaged), tokenizer, subset, max_length=length)
 
     def one_sample(state: TrainState) -> str:
-        texts = _write(state.averaged, ws, key, SAMPLE_BATCH)
+        texts = _write(parallel.whole(state.averaged), ws, key, SAMPLE_BATCH)
         if ws.config.corpus.kind != "fables":
             return texts[0]
         share = parse_report(texts, ws.config.corpus.size)["parse_share"]
         return f"{texts[0]}  ({share:.0%} of {len(texts)} such stories parse)"
 
     state, record = fit(
-        init_state(model, optimizer, objective, balancing, ema_decay=config.ema_decay),
+        parallel.build(mesh, start),
         step,
         title="pretrain",
         steps=config.steps,
@@ -123,7 +128,7 @@ def pretrain(ws: Workspace) -> dict:
         sample=one_sample,
         started=started,
     )
-    return _report(state.averaged, ws, documents, record, key)
+    return _report(parallel.whole(state.averaged), ws, documents, record, key)
 
 
 def training_batches(ws: Workspace, documents: list[Document]) -> Batches:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from minilm import parallel
 from minilm.config import Config
 from minilm.errors import UserError
 from minilm.files import read_jsonl
 from minilm.losses.language import next_token_cross_entropy
+from minilm.model import Transformer
 from minilm.optim import make_optimizer, schedule
 from minilm.stages.evaluate import batched
 from minilm.stages.pretrain import LANGUAGE, forward
@@ -38,6 +40,7 @@ def sft(ws: Workspace) -> dict:
     steps = -(-len(train) * config.epochs // config.batch_size)
     optimizer = make_optimizer(config.optimizer, steps)
     objective, balancing = configured(LANGUAGE, "sft", ws.config, steps), ws.config.balance
+    mesh = parallel.make_mesh(ws.config.parallel, ws.config.model, config.batch_size)
     update = make_train_step(
         forward,
         objective,
@@ -46,23 +49,29 @@ def sft(ws: Workspace) -> dict:
         balancing=balancing,
         ema_decay=config.ema_decay,
         log_layers=config.log_layers,
+        mesh=mesh,
     )
     make = functools.partial(completions_of, vocab_size=ws.tokenizer.vocab_size)
     batches = Batches(train, batch_size=config.batch_size, seed=seed, make=make)
 
+    def start(model: Transformer) -> TrainState:
+        return init_state(model, optimizer, objective, balancing, ema_decay=config.ema_decay)
+
     def step(state: TrainState, k: int):
-        return update(state, batches[k])
+        return update(state, parallel.read(mesh, batches, k))
 
     def evaluate(state: TrainState) -> dict[str, float]:
+        model = parallel.whole(state.averaged)
+
         def sums(rows):
-            return _sums(state.averaged, make(rows))
+            return _sums(model, make(rows))
 
         loss, tokens = batched(sums, [held_out], config.batch_size).sum(0, np.float64)
         return {"validation_loss": loss / tokens}
 
     model = ws.load("pretrain", scalar_head=False)
     state, record = fit(
-        init_state(model, optimizer, objective, balancing, ema_decay=config.ema_decay),
+        parallel.build(mesh, start, model),
         step,
         title="sft",
         steps=steps,

@@ -53,15 +53,19 @@ class Batches:
     ):
         import grain  # two seconds: only where it is used
 
-        self.rows, self._size, self._make = rows, batch_size, make
+        self.rows, self.batch_size, self._make = rows, batch_size, make
         # Row numbers, not rows: half the Python a row. Grain takes seeds of 32 bits.
         self._order = grain.MapDataset.range(len(rows)).shuffle(seed=seed % 2**32).repeat()
 
     def __getitem__(self, step: int) -> Batch:
+        return self.part(step, 0, self.batch_size)
+
+    def part(self, step: int, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop` of a batch: what one of several hosts reads of it."""
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
-        start = step * self._size
-        chosen = np.array([self._order[start + i] for i in range(self._size)], np.int64)
+        first = step * self.batch_size
+        chosen = np.array([self._order[first + i] for i in range(start, stop)], np.int64)
         return self._make(self.rows[chosen])
 
 
