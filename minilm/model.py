@@ -179,12 +179,16 @@ def cast(model: Transformer) -> Transformer:
 
 
 def _run(model: Transformer, tokens, positions, mask, cache: Cache | None = None, index: Any = 0):
-    """Hidden states; each layer's keys and values, of the tokens or of the cache with them."""
-    x = model.embed_tokens[...].astype(model.compute_dtype)[tokens]
+    """Hidden states; each layer's keys and values, of the tokens or of the cache with them.
+
+    Residuals are [R, D] with R = BT: for products of three dimensions XLA's CPU backend transposes
+    in the backward pass.
+    """
+    x = model.embed_tokens[...].astype(model.compute_dtype)[tokens.reshape(-1)]
     rotary = _rotary(positions, model.config)
     keys, values = [], []
     for i, layer in enumerate(model.layers):
-        q, k, v = _project(layer, x, rotary, model.config)
+        q, k, v = _project(layer, x, tokens.shape, rotary, model.config)
         if cache is None:
             out = _attend(q, k, v, mask)
         else:
@@ -192,21 +196,22 @@ def _run(model: Transformer, tokens, positions, mask, cache: Cache | None = None
             k = write(cache.keys[i], k.transpose(0, 2, 3, 1), index, axis=3)
             v = write(cache.values[i], v.swapaxes(1, 2), index, axis=2)
             out = _attend_cache(q, k, v, mask)
-        x = x + out @ layer.self_attn.o_proj[...].astype(x.dtype)
+        x = x + out.reshape(len(x), -1) @ layer.self_attn.o_proj[...].astype(x.dtype)
         x = x + _mlp(layer, x)
         keys.append(k)
         values.append(v)
-    return rms_norm(x, model.norm[...]), tuple(keys), tuple(values)
+    hidden = rms_norm(x, model.norm[...]).reshape(*tokens.shape, -1)
+    return hidden, tuple(keys), tuple(values)
 
 
-def _project(layer: Block, x: Float[Array, "B T D"], rotary, config: ModelConfig):
+def _project(layer: Block, x: Float[Array, "R D"], shape, rotary, config: ModelConfig):
     """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and turned."""
     attn, n, kv = layer.self_attn, config.num_heads, config.num_kv_heads
     # One product for Q, K and V: three small ones cost a fifth of the step more on CPU.
     kernels = (attn.q_proj, attn.k_proj, attn.v_proj)
     kernel = jnp.concatenate([kernel[...].astype(x.dtype) for kernel in kernels], axis=1)
     qkv = rms_norm(x, layer.input_layernorm[...]) @ kernel
-    qkv = qkv.reshape(*x.shape[:2], n + 2 * kv, config.head_dim)
+    qkv = qkv.reshape(*shape, n + 2 * kv, config.head_dim)
     q, k, v = jnp.split(qkv, [n, n + kv], axis=2)
     q = _rotate(rms_norm(q, attn.q_norm[...]), rotary)
     return q, _rotate(rms_norm(k, attn.k_norm[...]), rotary), v
@@ -215,10 +220,39 @@ def _project(layer: Block, x: Float[Array, "B T D"], rotary, config: ModelConfig
 def _attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v, mask):
     """Softmax attention [B, T, NH], a key head serving N / K query heads; softmax in float32."""
     batch, length, n, h = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, h)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    weights = _softmax(scores, mask[:, None, None], h).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, n * h)
+    q = q.reshape(batch, length, k.shape[2], -1, h).transpose(0, 2, 3, 1, 4)
+    out = _attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, n * h)
+
+
+@jax.custom_vjp
+def _attention(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v, mask):
+    """With its gradient by hand, which keeps the layouts: differentiated by JAX, XLA's CPU backend
+    transposes what each product reads, and the oneDNN path takes 1.3 times as long."""
+    return _attention_forward(q, k, v, mask)[0]
+
+
+def _attention_forward(q, k, v, mask):
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    weights = _softmax(scores, mask[:, None, None], q.shape[-1]).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
+    return out, (q, k, v, weights, out)
+
+
+def _attention_backward(kept, d_out):
+    """Dao et al. (2022), arXiv:2205.14135, App. B.2: out · d_out is Σ weights · d_weights."""
+    q, k, v, weights, out = kept
+    d_v = jnp.einsum("BKGTS,BKGTH->BKSH", weights, d_out)
+    d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_out, v, preferred_element_type=jnp.float32)
+    wide = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    d_scores = weights.astype(jnp.float32) * (d_weights - jnp.sum(wide, axis=-1, keepdims=True))
+    d_scores = (d_scores * q.shape[-1] ** -0.5).astype(q.dtype)
+    d_q = jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k)
+    d_k = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q)
+    return d_q, d_k, d_v, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _attend_cache(q: Float[Array, "B 1 N H"], keys: Float[Array, "B K H S"], values, mask):
@@ -235,20 +269,76 @@ def _softmax(scores, mask, width: int) -> Array:
     return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, -1e30), axis=-1)
 
 
-def _mlp(layer: Block, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def _mlp(layer: Block, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
     mlp = layer.mlp
     kernels = (mlp.gate_proj, mlp.up_proj)
     kernel = jnp.concatenate([kernel[...].astype(x.dtype) for kernel in kernels], axis=1)
     gate, up = jnp.split(rms_norm(x, layer.post_attention_layernorm[...]) @ kernel, 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ mlp.down_proj[...].astype(x.dtype)
+    return swiglu(gate, up) @ mlp.down_proj[...].astype(x.dtype)
 
 
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]):
+    """silu(gate) · up, Shazeer (2020), arXiv:2002.05202, eq. 5.
+
+    Its gradient by hand keeps the sigmoid; by JAX, XLA's CPU backend computes it anew in each of
+    the fused loops, and the layer takes up to 1.6 times as long (docs/log.md).
+    """
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate, up):
+    share = jax.nn.sigmoid(gate)
+    return gate * share * up, (gate, up, share)
+
+
+def _swiglu_backward(kept, d_out):
+    gate, up, share = kept
+    return d_out * up * share * (1 + gate * (1 - share)), d_out * gate * share
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.custom_vjp
 def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, "D"]) -> Float[Array, "*batch D"]:
-    """x / rms(x) · scale, reduced in float32, in x's dtype. Zhang and Sennrich (2019), eq. 4."""
+    """x / rms(x) · scale, reduced in float32, in x's dtype. Zhang and Sennrich (2019), eq. 4.
+
+    Its gradient by hand, so that both of its sums can be products: see `_weighted_sum`.
+    """
+    return _rms_norm_forward(x, scale)[0]
+
+
+def _rms_norm_forward(x, scale):
     wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + NORM_EPS)
-    scale = jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
-    return (wide * inverse * scale).astype(x.dtype)
+    inverse = jax.lax.rsqrt(_row_mean(wide * wide) + NORM_EPS)
+    scaled = wide * inverse * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+    return scaled.astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_backward(kept, d_out):
+    x, scale, inverse = kept
+    wide, d_out = x.astype(jnp.float32) * inverse, d_out.astype(jnp.float32)
+    rows = (d_out * wide).reshape(-1, x.shape[-1])
+    d_scale = _weighted_sum("RD,R->D", rows, jnp.ones(len(rows)))
+    d_wide = d_out * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+    d_x = inverse * (d_wide - wide * _row_mean(d_wide * wide))
+    return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def _row_mean(x: Float[Array, "*batch D"]) -> Float[Array, "*batch 1"]:
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    return _weighted_sum("RD,D->R", rows, jnp.full(width, 1 / width)).reshape(*x.shape[:-1], 1)
+
+
+def _weighted_sum(which: str, rows: Float[Array, "R D"], weights: Float[Array, "n"]) -> Array:
+    """Of rows or of columns, as a product in float32: XLA's CPU backend takes so long for sums
+    along an axis that norms were a third of a training step."""
+    return jnp.einsum(which, rows, weights, precision="highest")
 
 
 def _rotary(positions: Int[Array, "T"], config: ModelConfig) -> tuple[Array, Array]:

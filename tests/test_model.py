@@ -117,6 +117,33 @@ def test_logits_equal_a_float64_implementation(config):
         np.testing.assert_allclose(row, reference, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("config", [CONFIG, FULL], ids=["grouped_tied", "full_untied"])
+def test_the_gradient_is_that_of_the_float64_implementation(config):
+    """Norm, attention and SwiGLU have gradients by hand: central differences along one random
+    direction for each parameter tell a wrong one by its name."""
+    model, rng = random_model(config), np.random.default_rng(2)
+    tokens, weights = TOKENS[0], rng.normal(size=(TOKENS.shape[1], VOCAB))
+
+    def loss(model):
+        both = forward(model, TOKENS, ONES)[1]
+        return jnp.sum(both[0] * jnp.asarray(weights, jnp.float32))
+
+    leaves, structure = jax.tree.flatten(model)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+    for i, gradient in enumerate(jax.tree.leaves(jax.jit(jax.grad(loss))(model))):
+        direction = rng.normal(size=gradient.shape)
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = [np.asarray(x, np.float64) for x in leaves]
+            moved[i] = moved[i] + step * direction
+            moved_model = jax.tree.unflatten(structure, moved)
+            ends.append(np.sum(decoder_float64(moved_model, tokens, config) * weights))
+        expected = (ends[0] - ends[1]) / 2e-5
+        size = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        error = np.sum(np.asarray(gradient) * direction) - expected
+        assert abs(error) < 1e-4 * size, names[i]
+
+
 def test_a_token_sees_no_later_token():
     model, changed = random_model(), TOKENS.copy()
     changed[:, 6] = 2 + (TOKENS[:, 6] - 1) % (VOCAB - 2)
