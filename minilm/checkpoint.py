@@ -115,14 +115,30 @@ def restore(path: Path, like: Any, *, prefix: str = "") -> Any:
 
 
 def load_arrays(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
-    """The arrays whose full names start with `prefix`; needs no model."""
+    """The arrays whose full names start with `prefix`; needs no model.
+
+    Raises:
+      UserError: a damaged checkpoint, or one that lacks arrays it should have.
+    """
     import orbax.checkpoint as ocp
 
     keys = [key for key in metadata(path)["arrays"] if key.startswith(prefix)]
     how = dict.fromkeys(keys, ocp.RestoreArgs(restore_type=np.ndarray))
     request = ocp.args.PyTreeRestore(item=how, restore_args=how, partial_restore=True)
-    arrays = _orbax().restore(path.absolute() / "arrays", args=request)
-    return {key: arrays[key] for key in keys}  # in the tree's order
+    try:
+        arrays = _orbax().restore(path.absolute() / "arrays", args=request)
+        found = {key: arrays[key] for key in keys}  # in the tree's order
+        if not all(isinstance(x, np.ndarray) for x in found.values()):  # Orbax's own placeholder
+            raise KeyError("some of those that metadata.json names are missing")
+        return found
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:  # Orbax's, of a tree that is another
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"its arrays are not readable: {problem}", where=path) from error
 
 
 def _orbax() -> Any:
@@ -147,9 +163,14 @@ def metadata(path: Path) -> dict[str, Any]:
         digest = record.pop("digest")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"metadata.json is not readable: {error}", where=path) from error
-    if digest != _digest(record):
+    kinds = {"step": int, "best": (int, float, type(None)), "arrays": dict, "files": dict}
+    whole = all(isinstance(record.get(key, ...), types) for key, types in kinds.items())
+    whole = whole and all(isinstance(x, str) for x in record["arrays"].values())
+    if digest != _digest(record) or not whole:  # the digest tells damage, and is no signature
         raise UserError("metadata.json is not as it was written", where=path)
     for name, expected in record["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError("a file outside of the checkpoint", where=path, value=name)
         if not (path / name).is_file() or _sha256(path / name) != expected:
             raise UserError(f"{name} is missing or not as it was written", where=path)
     return record

@@ -29,6 +29,8 @@ def pairwise(rows: Sequence[dict[str, Any]], where: str) -> Iterator[tuple[str, 
             yield from ((place, pair) for pair in _ordered(asked, rated))
         elif "completion" in row and "rating" in row and "chosen" not in row:
             prompt, text = plain_text(row.get("prompt", "")), plain_text(row["completion"])
+            if not (isinstance(prompt, str) and isinstance(text, str)):
+                raise UserError("prompt and completion must be texts", where=place, value=row)
             answers.setdefault(prompt, []).append((text, _number(row["rating"], place)))
         else:
             yield place, row
@@ -85,9 +87,9 @@ def _rated_list(row: dict[str, Any], place: str) -> tuple[str, list[tuple[str, f
         problem = "a list needs as many `ratings` (or `ranks`) as `completions`"
         raise UserError(problem, where=place, value=sorted(row))
     texts = [plain_text(t) for t in texts]
-    for text in texts:
+    for text in (asked, *texts):
         if not isinstance(text, str):
-            raise UserError("a completion must be a text", where=place, value=text)
+            raise UserError("prompt and completions must be texts", where=place, value=text)
     values = [_number(x, place) for x in ratings]
     lowest = min(values, default=0.0) if "ranks" in row else 0.0
     return asked, [(t, x - lowest) for t, x in zip(texts, values, strict=True)]
@@ -132,7 +134,8 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
     prompt: Any = row.get("prompt")
     if _summaries(row):
         better, worse = row["summaries"][row["choice"]], row["summaries"][1 - row["choice"]]
-        info = row.get("info") or {}
+        info: Any = row.get("info")
+        info = info if isinstance(info, dict) else {}
         asked = info.get("post") or info.get("article") or ""
         texts = {"prompt": asked, "chosen": better["text"], "rejected": worse["text"]}
         return row | texts
@@ -159,7 +162,8 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 def _summaries(row: dict[str, Any]) -> bool:
     found: Any = row.get("summaries")
     two = isinstance(found, list) and len(found) == 2
-    return two and row.get("choice") in (0, 1) and all(isinstance(s, dict) for s in found)
+    texts = two and all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in found)
+    return texts and row.get("choice") in (0, 1)
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -121,7 +121,7 @@ def test_answers_rated_one_by_one_are_compared_within_their_prompt():
         ({"completions": ["a", "b"]}, "as many `ratings`"),
         ({"completions": ["a", "b"], "ratings": [1]}, "as many `ratings`"),
         ({"completions": ["a", "b"], "ranks": 1}, "as many `ratings`"),
-        ({"completions": ["a", 3], "ratings": [1, 2]}, "a completion must be a text"),
+        ({"completions": ["a", 3], "ratings": [1, 2]}, "prompt and completions must be texts"),
         ({"completions": ["a", "b"], "ratings": [1, "2"]}, "a rating must be a finite number"),
         ({"completions": ["a", "b"], "ranks": [None, 2]}, "a rating must be a finite number"),
         ({"completion": "a", "rating": float("nan")}, "a rating must be a finite number"),
