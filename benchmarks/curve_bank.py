@@ -99,7 +99,7 @@ WORLDS: dict[str, Any] = {
 @functools.cache
 def world(name: str, seed: int) -> World:
     corpus, kind = WORLDS[name]
-    train, held_out = split(corpus, seed)
+    train, held_out, _ = split(corpus, seed)
     texts = (d.text for d in train)
     return World(
         train, held_out, train_tokenizer(TokenizerConfig(kind=kind, vocab_size=384), texts)

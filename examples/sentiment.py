@@ -194,7 +194,7 @@ def manual(sizes: Sizes, seed: int) -> Source:
         parts = split(TextCorpus(files=tuple(map(str, files)), held_out=0.4), seed)
     train, rest = (
         [Review(d.text, float(Path(d.id.partition("#")[0]).stem)) for d in documents]
-        for documents in parts
+        for documents in (parts.train, parts.held_out)
     )
     chosen = np.random.default_rng((seed, 53)).permutation(len(train))[: sizes.train]
     rest = rest[: sizes.held_out]

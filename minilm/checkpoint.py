@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from minilm.errors import UserError
-from minilm.files import TEMPORARY, flush, write_atomically
+from minilm.files import TEMPORARY, flush, sha256, write_atomically
 
 STAGES = ("pretrain", "sft", "reward", "rlhf")  # with checkpoints, in the order of a run
 
@@ -64,7 +64,7 @@ def save(
         written = sorted(f for f in temporary.rglob("*") if f.is_file())
         record = {"step": step, "best": None, "bytes": sum(f.stat().st_size for f in written)}
         record["arrays"] = {key: kind(array) for key, array in arrays.items()}
-        record["files"] = {f.relative_to(temporary).as_posix(): _sha256(f) for f in written}
+        record["files"] = {f.relative_to(temporary).as_posix(): sha256(f) for f in written}
         _write_metadata(temporary, facts | record)
         for inner in temporary.rglob("*"):
             flush(inner)
@@ -171,7 +171,7 @@ def metadata(path: Path) -> dict[str, Any]:
     for name, expected in record["files"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError("a file outside of the checkpoint", where=path, value=name)
-        if not (path / name).is_file() or _sha256(path / name) != expected:
+        if not (path / name).is_file() or sha256(path / name) != expected:
             raise UserError(f"{name} is missing or not as it was written", where=path)
     return record
 
@@ -264,11 +264,6 @@ def _write_metadata(path: Path, record: dict[str, Any]) -> None:
 
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prune(newest: Path, keep: int) -> None:

@@ -27,25 +27,33 @@ class FablesCorpus(Section):
     held_out: Share = 0.06
 
 
-class TextCorpus(Section):
+class FoundCorpus(Section):
+    """What texts of others share."""
+
+    # Of a table. Rows without "text" that are a conversation (`messages`), `prompt` and
+    # `completion`, or `instruction` and `output`, are read as such.
+    column: str = "text"
+    # "exact" drops a text that came before, "near" also nearly the same; "keep" counts them.
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+
+
+class TextCorpus(FoundCorpus):
     """Local files: .txt (one document each), .jsonl, .csv or .parquet (a document a row)."""
 
     kind: Literal["text"] = "text"
     files: tuple[str, ...] = ()  # paths or globs
-    column: str = "text"  # of .jsonl, .csv and .parquet rows
     # What ends a document in a .txt, such as "\n\n"; None: each file is one document.
     separator: Annotated[str, Field(min_length=1)] | None = None
     held_out: Share = 0.1
 
 
-class HubCorpus(Section):
+class HubCorpus(FoundCorpus):
     """A Hugging Face data set by name."""
 
     kind: Literal["hub"] = "hub"
     name: str
     config: str | None = None
     split: str = "train"
-    column: str = "text"
     streaming: bool = False
     max_documents: Positive | None = None
     held_out: Share = 0.05
@@ -64,9 +72,18 @@ Corpus = Annotated[FablesCorpus | TextCorpus | HubCorpus | PydocCorpus, Field(di
 class TokenizerConfig(Section):
     """How text becomes tokens."""
 
-    kind: Literal["bpe", "characters", "bytes"] = "bpe"
+    kind: Literal["bpe", "characters", "bytes", "file"] = "bpe"
     # For "bpe": 256 bytes, two special tokens and the merges. An upper bound for small corpora.
     vocab_size: Annotated[int, Field(ge=258)] = 2048
+    file: str | None = None  # for "file": a tokenizer.json of your own, as `tokenizers` writes it
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizerConfig":
+        if (self.kind == "file") != (self.file is not None):
+            raise ValueError(
+                'file and kind "file" belong together: --tokenizer.kind file --tokenizer.file PATH'
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -153,6 +170,7 @@ class PretrainConfig(SupervisedConfig):
 
     steps: Positive = 1500
     sequence_length: Annotated[int, Field(ge=8)] = 256
+    document_attention: bool = True  # False: a token also sees the documents before its own
     # Positions whose logits are in memory at once; 0: all. Costs the head's product once more, and
     # pays where the vocabulary is large: 16 x 1,024 positions of 50,304 logits are 3.3 GB.
     logits_chunk: Natural = 0

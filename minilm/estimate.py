@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from minilm.config import Config
 from minilm.model import Transformer, flops_per_token, parameter_count
 from minilm.optim import make_optimizer
-from minilm.text.tokenizer import BYTES
+from minilm.text.tokenizer import BYTES, train_tokenizer
 
 # Shares of the measured matrix-product rate that each kind of work reached on two cores
 # (benchmarks/train_step.py, benchmarks/generate.py); the rest is copies, softmax, dispatch.
@@ -19,11 +19,13 @@ TUNE_EFFICIENCY = 0.35  # reward model and RLHF
 DECODE_EFFICIENCY = 0.12
 STARTUP_SECONDS = 25.0  # compiling and evaluating, a stage
 ALPHABET = 100  # characters that a text of one language has, about
-VOCABULARIES = {"bytes": "every byte", "characters": "about", "bpe": "at most"}
+VOCABULARIES = {"bytes": "every byte", "characters": "about", "bpe": "at most", "file": "its"}
 
 
 def vocabulary(config: Config) -> int:
     """Types that the tokenizer will have: at most, for BPE; assumed, for characters."""
+    if config.tokenizer.kind == "file":
+        return train_tokenizer(config.tokenizer, ()).vocab_size
     return {"bytes": BYTES, "characters": ALPHABET, "bpe": config.tokenizer.vocab_size}[
         config.tokenizer.kind
     ]

@@ -1,6 +1,7 @@
 """Files of a run: JSON and JSON Lines, written whole or not at all, mistakes in them named."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -66,6 +67,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     lines = enumerate(_text(path).split("\n"), 1)
     return [_object(line, f"{path}:{number}") for number, line in lines if line.strip()]
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stage_folder(run: Path, name: str) -> Path:

@@ -20,7 +20,7 @@ from minilm import backend, configfile
 from minilm.choices import choose, imported
 from minilm.config import Config
 from minilm.errors import UserError
-from minilm.files import read_json, stage_folder, write_atomically, write_json
+from minilm.files import read_json, sha256, stage_folder, write_atomically, write_json
 from minilm.pipeline import NAMES, Stage, stages_of
 
 console = Console(soft_wrap=True)
@@ -296,26 +296,22 @@ def _changed(stored: dict, config: Config, names: Sequence[str]) -> list[str]:
 
 def _files_read(stage: str, config: Config) -> dict[str, str]:
     """Digests of the user's files that a stage reads."""
-    paths: list[str] = []
+    own = {"pretrain": config.tokenizer, "sft": config.sft, "preferences": config.preferences}
+    paths = [own[stage].file] if stage in own and own[stage].file else []
     if stage == "pretrain" and config.corpus.kind == "text":
         from minilm.text.corpora import matches
 
-        paths = sorted({str(p) for pattern in config.corpus.files for p in matches(pattern)})
-    if stage == "sft" and config.sft.file:
-        paths = [config.sft.file]
-    elif stage == "preferences" and config.preferences.file:
-        paths = [config.preferences.file]
-    elif stage in ("preferences", "rlhf") and ":" in config.judge.name:
+        paths += sorted({str(p) for pattern in config.corpus.files for p in matches(pattern)})
+    elif not paths and stage in ("preferences", "rlhf") and ":" in config.judge.name:
         imported(config.judge.name, "judge.name")
         module = sys.modules[config.judge.name.partition(":")[0]]
         paths = [module.__file__] if module.__file__ else []
     digests = {}
     for path in paths:
-        if Path(path).is_file():
-            try:
-                with Path(path).open("rb") as file:
-                    digests[path] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            except OSError as error:
+        try:
+            digests[path] = sha256(Path(path))[:16]
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):  # which is told by who reads it
                 raise UserError(f"cannot read: {error.strerror}", where=path) from error
     return digests
 
@@ -385,8 +381,9 @@ def _print_plan(plan, out: Path, config: Config, environment: dict) -> None:
 def _share_done(folder: Path) -> float:
     from minilm import checkpoint
 
-    found = checkpoint.latest(folder / "checkpoints")
-    facts = checkpoint.metadata(found) if found else {"step": 0, "steps": 1}
+    if (found := checkpoint.latest(folder / "checkpoints")) is None:
+        return 0.0
+    facts = checkpoint.metadata(found)
     return facts["step"] / facts["steps"]
 
 

@@ -12,7 +12,7 @@ from minilm import checkpoint, configfile
 from minilm.config import TokenizerConfig
 from minilm.diagnose import diagnose
 from minilm.errors import UserError
-from minilm.files import read_jsonl
+from minilm.files import read_jsonl, sha256
 from minilm.text.formats import example
 from minilm.text.preferences import pairs_from
 from minilm.text.tokenizer import Tokenizer, train_tokenizer
@@ -180,7 +180,7 @@ def test_a_checkpoint_does_not_name_files_outside_of_itself(saved, tmp_path):
     secret.write_text("of somebody else")
     record = json.loads(before)
     record.pop("digest")
-    record["files"] = {"../" * 20 + str(secret): checkpoint._sha256(secret)}
+    record["files"] = {"../" * 20 + str(secret): sha256(secret)}
     checkpoint._write_metadata(saved, record)
     with pytest.raises(UserError, match="outside"):
         checkpoint.metadata(saved)

@@ -3,11 +3,13 @@
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from rich.console import Console
 
 from minilm import backend, checkpoint, parallel
 from minilm.files import write_json, write_jsonl
@@ -19,7 +21,7 @@ from minilm.stages.evaluate import language_report, parse_report, sample, texts_
 from minilm.stages.workspace import Workspace
 from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
-from minilm.text.batches import Batch, Batches, tokenize
+from minilm.text.batches import Batch, Batches, batch_across, batch_of, tokenize
 from minilm.text.corpora import Document, Split, split
 from minilm.text.fables import charges
 from minilm.text.overlap import copied_shares
@@ -72,6 +74,7 @@ def pretrain(ws: Workspace) -> dict:
         train_tokenizer(ws.config.tokenizer, texts).save(ws.tokenizer_file)
     tokenizer, length = ws.tokenizer, config.sequence_length
     batches = training_batches(ws, documents.train)
+    _tell_corpus(documents, batches, folder)
     write_jsonl(folder / "held_out.jsonl", [d._asdict() for d in documents.held_out])
     optimizer = make_optimizer(config.optimizer, config.steps)
     mesh = parallel.make_mesh(ws.config.parallel, ws.config.model, config.batch_size)
@@ -136,7 +139,22 @@ def training_batches(ws: Workspace, documents: list[Document]) -> Batches:
     config, seed = ws.config.pretrain, ws.config.seed
     length, cache = config.sequence_length, ws.out / "cache"
     rows = tokenize(documents, ws.tokenizer, length, cache=cache, seed=seed)
-    return Batches(rows, batch_size=config.batch_size, seed=seed)
+    make = batch_of if config.document_attention else batch_across
+    return Batches(rows, batch_size=config.batch_size, seed=seed, make=make)
+
+
+def _tell_corpus(documents: Split, batches: Batches, folder: Path) -> None:
+    """Writes corpus.json and says the same in a line."""
+    tokens = int(np.count_nonzero(batches.rows[:, 1:]))  # all but padding, each a target once
+    characters = sum(len(d.text) for d in documents.train)
+    report = {**documents.report, "tokens": tokens, "characters_per_token": characters / tokens}
+    write_json(folder / "corpus.json", report)
+    copies = {"exact": report["exact_duplicates"], "near": report["near_duplicates"]}
+    told = "".join(f"; {n:,} {kind} duplicates" for kind, n in copies.items() if n)
+    count, held_out = report["training_documents"], report["held_out_documents"]
+    width = report["characters_per_token"]
+    text = f"{count:,} documents to train on, {tokens:,} tokens of {width:.2f} characters"
+    Console().print(f"corpus: {text}; {held_out:,} held out{told}")
 
 
 def _report(model, ws: Workspace, documents: Split, record: dict, key) -> dict:

@@ -41,6 +41,12 @@ def batch_of(rows: Rows) -> Batch:
     return Batch(tokens, targets, weights, segments)
 
 
+def batch_across(rows: Rows) -> Batch:
+    """The same, but that a token also sees the documents before its own."""
+    batch = batch_of(rows)
+    return batch._replace(segments=(batch.tokens != Tokenizer.pad_id).astype(np.int32))
+
+
 class Batches:
     """Batch k, by random access: the rows are shuffled anew each epoch, without end.
 

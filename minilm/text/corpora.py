@@ -13,9 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minilm.choices import choose
-from minilm.config import Corpus, FablesCorpus, HubCorpus, PydocCorpus, TextCorpus
+from minilm.config import Corpus, FablesCorpus, FoundCorpus, HubCorpus, PydocCorpus, TextCorpus
 from minilm.errors import UserError
+from minilm.text.cleaning import clean
 from minilm.text.fables import stories
+from minilm.text.formats import whole
 
 FEW = 20  # a corpus of fewer documents is split by position
 
@@ -29,8 +31,11 @@ class Document(NamedTuple):
 
 
 class Split(NamedTuple):
+    """`report` says what was read and dropped: see `split`."""
+
     train: list[Document]
     held_out: list[Document]
+    report: dict[str, int | None]
 
 
 def split(corpus: Corpus, seed: int) -> Split:
@@ -38,17 +43,35 @@ def split(corpus: Corpus, seed: int) -> Split:
 
     A text that is held out is not trained on either, however often the corpus has it.
 
+    Returns:
+      With a report: `documents` and `characters` read, `empty` ones, which are dropped,
+      `exact_duplicates` and `near_duplicates` (None where not asked), dropped if
+      `corpus.duplicates` says so, and `held_out_copies` dropped from training.
     Raises:
       UserError: an empty corpus, or whatever its source raises.
     """
-    documents = list(choose(CORPORA, corpus.kind, "corpus.kind")(corpus, seed))
-    documents = [d for d in documents if d.text.strip()]
+    read = list(choose(CORPORA, corpus.kind, "corpus.kind")(corpus, seed))
+    full = [d for d in read if d.text.strip()]
+    documents, exact, near = clean(
+        full, corpus.duplicates if isinstance(corpus, FoundCorpus) else "keep"
+    )
     if not documents:
         raise UserError("the corpus has no text", where=f"corpus.kind {corpus.kind}")
     by = _by_position if len(documents) < FEW else _by_document
     train, held_out = by(documents, corpus.held_out, seed)
     known = {d.text for d in held_out}
-    return Split([d for d in train if d.text not in known], held_out)
+    kept = [d for d in train if d.text not in known]
+    report = {
+        "documents": len(read),
+        "characters": sum(len(d.text) for d in read),
+        "empty": len(read) - len(full),
+        "exact_duplicates": exact,
+        "near_duplicates": near,
+        "held_out_copies": len(train) - len(kept),
+        "training_documents": len(kept),
+        "held_out_documents": len(held_out),
+    }
+    return Split(kept, held_out, report)
 
 
 def _by_document(
@@ -248,6 +271,8 @@ def _documents(
 
 
 def _text_of(row: dict, column: str, where: object, number: int) -> str:
+    if column not in row and column == "text" and (found := whole(row)) is not None:
+        return found
     if column not in row:
         raise UserError(
             f"no column '{column}'", where=where, allowed=sorted(row), hint="set corpus.column"

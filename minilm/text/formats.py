@@ -67,6 +67,21 @@ def example(row: dict[str, Any], place: str) -> tuple[str, str]:
     return prompt, completion
 
 
+def whole(row: dict[str, Any]) -> str | None:
+    """A conversation, or what is asked and answered, as one text to pretrain on; else None.
+
+    >>> whole({"instruction": "Add", "input": "1, 2", "output": "3"})
+    'Add\n\n1, 2\n\n3'
+    """
+    if _messages(row.get("messages")):
+        return _flat(row["messages"])
+    try:
+        prompt, completion = example(row, "")
+    except UserError:
+        return None
+    return prompt + ("\n\n" if prompt and "completion" not in row else "") + completion
+
+
 def plain_text(value: Any) -> Any:
     """A text, or a conversation as one."""
     return _flat(value) if _messages(value) else value

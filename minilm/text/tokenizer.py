@@ -38,10 +38,12 @@ class Tokenizer:
         self._inner = inner
         self.vocab_size: int = inner.get_vocab_size()
 
-    @property
+    @functools.cached_property
     def kind(self) -> Literal["bpe", "characters", "bytes"]:
-        """Bytes are byte-level BPE without a merge."""
-        if isinstance(self._inner.model, models.WordLevel):
+        """Bytes are byte-level BPE without a merge; one of the user's own counts as "bpe"."""
+        if isinstance(self._inner.model, models.WordLevel) and not any(
+            len(token) > 1 for token in self._vocabulary[2:]
+        ):
             return "characters"
         return "bytes" if self.vocab_size == BYTES else "bpe"
 
@@ -85,12 +87,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Raises UserError: missing or damaged file, or one whose special tokens are others."""
-        try:
-            inner = hf.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError("no tokenizer here", where=path) from None
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"damaged tokenizer file: {error}", where=path) from error
+        inner = _read(path)
         specials = (inner.id_to_token(cls.pad_id), inner.id_to_token(cls.eos_id))
         if specials != (PAD, EOS):
             raise UserError(
@@ -110,10 +107,15 @@ class Tokenizer:
         if self.kind == "characters":
             return self._vocabulary
         bytes_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
-        return self._vocabulary[:2] + [
-            bytes(bytes_of[c] for c in token).decode(errors="backslashreplace")
-            for token in self._vocabulary[2:]
-        ]
+        return (
+            self._vocabulary[:2]
+            + [
+                bytes(bytes_of[c] for c in token).decode(errors="backslashreplace")
+                if all(c in bytes_of for c in token)
+                else token  # of a user's own tokenizer that is not on bytes
+                for token in self._vocabulary[2:]
+            ]
+        )
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
@@ -137,16 +139,62 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """A tokenizer of the configured kind; the same texts give the same one.
 
     "bpe" has at most `vocab_size` tokens, fewer where the texts have no more pairs to merge;
-    "characters" one for each distinct character of the texts; "bytes" one for each byte.
+    "characters" one for each distinct character of the texts; "bytes" one for each byte; "file" is
+    one of the user's own.
+
+    Raises:
+      UserError: as `Tokenizer.encode`; a file that is missing or no tokenizer.
     """
-    return Tokenizer(choose(KINDS, config.kind, "tokenizer.kind")(texts, config.vocab_size))
+    return Tokenizer(choose(KINDS, config.kind, "tokenizer.kind")(texts, config))
 
 
-def _bpe(texts: Iterable[str], size: int) -> hf.Tokenizer:
+def _read(path: Path) -> hf.Tokenizer:
+    try:
+        return hf.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no tokenizer here", where=path) from None
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"damaged tokenizer file: {error}", where=path) from error
+
+
+def _from_file(texts: Iterable[str], config: TokenizerConfig) -> hf.Tokenizer:
+    """A tokenizer.json of any making, every id two higher: 0 and 1 are padding and end-of-text.
+
+    What it would add around a text (its post-processor) is left out; its own end-of-text stays a
+    token like others.
+    """
+    path = Path(config.file or "")
+    inner = _read(path)
+    if (inner.id_to_token(0), inner.id_to_token(1)) == (PAD, EOS):
+        return inner
+    record = json.loads(inner.to_str())
+    model = record["model"]
+    own = {PAD, EOS}
+    if isinstance(model["vocab"], dict):
+        ids = {(f"{t} (own)" if t in own else t): i + 2 for t, i in model["vocab"].items()}
+        model["vocab"] = {PAD: 0, EOS: 1} | ids
+    else:  # Unigram: pieces with scores, an id being the place
+        least = min((score for _, score in model["vocab"]), default=0.0) - 100.0
+        model["vocab"] = [[PAD, least], [EOS, least], *model["vocab"]]
+        model["unk_id"] = None if model.get("unk_id") is None else model["unk_id"] + 2
+    added = [token | {"id": token["id"] + 2} for token in record["added_tokens"]]
+    record["added_tokens"] = [token for token in added if token["content"] not in own]
+    record |= {"post_processor": None, "truncation": None, "padding": None}
+    try:
+        moved = hf.Tokenizer.from_str(json.dumps(record))
+    except Exception as error:
+        raise UserError(f"cannot add the special tokens: {error}", where=path) from error
+    gaps = [i for i in range(moved.get_vocab_size()) if moved.id_to_token(i) is None]
+    if gaps:
+        raise UserError("its ids have gaps", where=path, value=gaps[:5])
+    return moved
+
+
+def _bpe(texts: Iterable[str], config: TokenizerConfig) -> hf.Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019)."""
-    inner = _bytes((), size)
+    inner = _bytes((), config)
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=config.vocab_size,
         special_tokens=[PAD, EOS],
         show_progress=False,
         initial_alphabet=_byte_letters(),
@@ -156,7 +204,7 @@ def _bpe(texts: Iterable[str], size: int) -> hf.Tokenizer:
     return hf.Tokenizer.from_str(json.dumps(json.loads(inner.to_str()) | {"added_tokens": []}))
 
 
-def _bytes(texts: Iterable[str], size: int) -> hf.Tokenizer:
+def _bytes(texts: Iterable[str], config: TokenizerConfig) -> hf.Tokenizer:
     """Byte b is id b + 2."""
     vocabulary = {t: i for i, t in enumerate([PAD, EOS, *_byte_letters()])}
     inner = hf.Tokenizer(models.BPE(vocabulary, []))
@@ -165,7 +213,7 @@ def _bytes(texts: Iterable[str], size: int) -> hf.Tokenizer:
     return inner
 
 
-def _characters(texts: Iterable[str], size: int) -> hf.Tokenizer:
+def _characters(texts: Iterable[str], config: TokenizerConfig) -> hf.Tokenizer:
     alphabet = sorted({c for text in _checked(texts) for c in text})
     vocabulary = {t: i for i, t in enumerate([PAD, EOS, *alphabet])}
     inner = hf.Tokenizer(models.WordLevel(vocabulary))  # no unknown token: `tokenizers` raises too
@@ -174,7 +222,7 @@ def _characters(texts: Iterable[str], size: int) -> hf.Tokenizer:
     return inner
 
 
-KINDS = {"bpe": _bpe, "bytes": _bytes, "characters": _characters}
+KINDS = {"bpe": _bpe, "bytes": _bytes, "characters": _characters, "file": _from_file}
 
 
 def _byte_letters() -> list[str]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minilm.config import TokenizerConfig
 from minilm.errors import UserError
-from minilm.text.batches import Batches, alone, batch_of, pack, tokenize
+from minilm.text.batches import Batches, alone, batch_across, batch_of, pack, tokenize
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -277,3 +277,11 @@ def test_alone_has_few_shapes():
 
 def test_nothing_alone_is_nothing():
     assert list(alone([], batch_size=4, max_length=32, ids=BYTES)) == []
+
+
+def test_across_documents_all_but_padding_is_one_segment():
+    rows = np.array([[1, 5, 6, 1, 7, 1, 0, 0]])
+    assert batch_of(rows).segments.tolist() == [[1, 1, 1, 2, 2, 3, 3]]
+    across = batch_across(rows)
+    assert across.segments.tolist() == [[1, 1, 1, 1, 1, 1, 0]]
+    np.testing.assert_array_equal(across.weights, batch_of(rows).weights)

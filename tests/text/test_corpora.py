@@ -323,3 +323,31 @@ def test_one_long_text_is_cut_where_its_last_share_begins(monkeypatch):
     assert (head.id, tail.id) == ("0[:95]", "0[95:]")
     assert head.logprob is None  # of the whole text, not of a part
     assert tail.logprob is None
+
+
+def test_conversations_and_instructions_are_read_without_a_text_column(tmp_path):
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    rows = [{"messages": said}, {"prompt": "2 + 2 =", "completion": " 4"}]
+    rows += [{"instruction": "Add", "input": "1, 2", "output": "3"}]
+    texts = []
+    for row in rows:  # of one shape a file, as tables are
+        write_jsonl(tmp_path / "rows.jsonl", [row])
+        texts += [
+            d.text for d in corpora.text(TextCorpus(files=(str(tmp_path / "rows.jsonl"),)), 0)
+        ]
+    assert texts == ["user: Hi\n\nassistant: Yes?", "2 + 2 = 4", "Add\n\n1, 2\n\n3"]
+
+
+def test_the_report_counts_what_was_read_and_dropped(tmp_path):
+    texts = [f"document number {i} of them all" for i in range(30)]
+    rows = [{"text": t} for t in [*texts, texts[0], "  ", texts[1]]]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    corpus = TextCorpus(files=(str(tmp_path / "rows.jsonl"),), duplicates="exact")
+    found = split(corpus, 0)
+    assert found.report == {
+        "documents": 33, "characters": sum(len(r["text"]) for r in rows), "empty": 1,
+        "exact_duplicates": 2, "near_duplicates": None, "held_out_copies": 0,
+        "training_documents": 27, "held_out_documents": 3,
+    }  # fmt: skip
+    both = {d.text for d in found.train} | {d.text for d in found.held_out}
+    assert both == set(texts) and len(found.train) == 27

@@ -182,3 +182,53 @@ def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path):
 def test_the_saved_file_registers_no_spelling_of_the_specials(tmp_path):
     BPE.save(tmp_path / "tokenizer.json")
     assert json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"] == []
+
+
+def foreign(kind: str) -> hf.Tokenizer:
+    """Tokenizers as others make them, special tokens and all."""
+    if kind == "gpt2":
+        inner = hf.Tokenizer(hf.models.BPE())
+        inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = hf.decoders.ByteLevel()
+        letters = hf.pre_tokenizers.ByteLevel.alphabet()
+        special = ["<|endoftext|>", "<|im_start|>"]
+        trainer = hf.trainers.BpeTrainer(
+            vocab_size=330, special_tokens=special, initial_alphabet=letters, show_progress=False
+        )
+    elif kind == "unigram":
+        inner = hf.Tokenizer(hf.models.Unigram())
+        inner.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+        inner.decoder = hf.decoders.Metaspace()
+        trainer = hf.trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+        )
+    else:
+        inner = hf.Tokenizer(hf.models.WordLevel(unk_token="[UNK]"))
+        inner.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+        trainer = hf.trainers.WordLevelTrainer(special_tokens=["[UNK]"], show_progress=False)
+    inner.train_from_iterator([c.replace("\r\n\t", " ") for c in CORPUS], trainer)
+    return inner
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "unigram", "words"])
+def test_a_tokenizer_of_ones_own_keeps_its_ids_but_for_two_more(tmp_path, kind):
+    theirs, path = foreign(kind), tmp_path / "own.json"
+    theirs.save(str(path))
+    ours = train_tokenizer(TokenizerConfig(kind="file", file=str(path)), ())
+    asked = "The fox lent the hook to Mara."
+    assert ours.encode(asked) == [i + 2 for i in theirs.encode(asked).ids]
+    assert ours.decode([1, *ours.encode(asked), 0]) == theirs.decode(theirs.encode(asked).ids)
+    assert ours.vocab_size == theirs.get_vocab_size() + 2
+    assert len(ours.tokens(range(ours.vocab_size))) == ours.vocab_size
+    ours.save(tmp_path / "kept.json")
+    assert Tokenizer.load(tmp_path / "kept.json").digest == ours.digest
+    again = train_tokenizer(TokenizerConfig(kind="file", file=str(tmp_path / "kept.json")), ())
+    assert again.digest == ours.digest  # one of minilm's stays as it is
+
+
+def test_a_tokenizer_file_that_is_none_is_told(tmp_path):
+    (tmp_path / "own.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged tokenizer file"):
+        train_tokenizer(TokenizerConfig(kind="file", file=str(tmp_path / "own.json")), ())
+    with pytest.raises(ValueError, match="belong together"):
+        TokenizerConfig(kind="file")
