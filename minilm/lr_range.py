@@ -20,6 +20,7 @@ from minilm.errors import UserError
 from minilm.files import write_atomically, write_json
 from minilm.model import Transformer
 from minilm.optim import make_optimizer
+from minilm.stages.preflight import check
 from minilm.stages.pretrain import LANGUAGE, forward
 from minilm.step import init_state, make_train_step
 from minilm.terms import configured
@@ -190,6 +191,7 @@ def draw(test: RangeTest) -> bytes:
 def lr_range_command(config: Config, out: Path | None) -> None:
     """`minilm lr-range CONFIG`: a table, and `lr_range.json` and `lr_range.png` in `out`."""
     choice = backend.configure(config.backend)
+    check(config, ["pretrain"])
     test = range_test(config, compute_dtype=choice.compute_dtype, steps=STEPS)
     folder, options = out or OUT, config.pretrain.optimizer
     suggested = {"learning_rate": test.suggestion}

@@ -99,7 +99,10 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             break
         try:
             record = json.loads(line)
-            record |= dict.fromkeys(record.get("nonfinite", ()), math.nan)
+            # As `log` writes them, or as other writers do.
+            bad = [n for n, x in record.items() if isinstance(x, float) and not math.isfinite(x)]
+            if bad := [*record.get("nonfinite", ()), *bad]:
+                record |= dict.fromkeys(bad, math.nan) | {"nonfinite": bad}
             found.append((line, {"step": record["step"], "kind": record["kind"]} | record))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("not a record of metrics", where=f"{path}:{number}") from error

@@ -155,7 +155,12 @@ PENALTIES: dict[str, Callable[[Any], Float[Array, ""]]] = {
 def known_names(own: Mapping[str, Objective]) -> set[str]:
     """Every name that `[objective.NAME]` may have, given each stage's own objective."""
     names = {name for rows in TERMS.values() for name in rows} | set(PENALTIES)
-    return names | {plain(term.name) for o in own.values() for term in o.terms}
+    return names | {plain(t.name) for o in own.values() for t in o.terms if not _is_metric(t)}
+
+
+def _is_metric(term: Term) -> bool:
+    """Only watched: a count, say, which nothing can be learnt from."""
+    return isinstance(term.weight, float) and term.weight == 0 and "loss/" not in term.name
 
 
 def plain(name: str) -> str:
@@ -184,6 +189,9 @@ def configured(own: Objective, stage: str, config: Config, steps: int) -> Object
             continue
         weight = scheduled(row, steps, where)
         if name in terms:
+            if _is_metric(terms[name]) and weight != 0:
+                problem = "is measured, and nothing can be learnt from it"
+                raise UserError(problem, where=where, allowed=sorted(known_names({stage: own})))
             if row.options:
                 raise UserError("a stage's own term takes no options", where=f"{where}.options")
             terms[name] = terms[name]._replace(weight=weight)

@@ -50,6 +50,7 @@ def test_a_term_of_another_stage_is_left_to_it():
         ({"z_los": {"weight": 1.0, "stages": ("pretrain",)}}, "did you mean 'z_loss'"),
         ({"z_loss": {"weight": 1.0, "options": {"base": 2}}}, "has no option 'base'"),
         ({"cross_entropy": {"weight": 1.0, "options": {"a": 1}}}, "takes no options"),
+        ({"mean_token_accuracy": {"weight": 1.0}}, "nothing can be learnt from it"),
         ({"cross_entropy": {"weight": 0.0}}, "nothing would be learnt"),
         ({"l2": {"weight": 1.0, "schedule": "linear", "begin": 100}}, "beyond begin"),
     ],

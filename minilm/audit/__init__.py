@@ -38,7 +38,7 @@ class Audit:
 
     @property
     def failed(self) -> list[Check]:
-        return [check for check in self.checks if not check.passed]
+        return [check for check in self.checks if check.passed is False]
 
 
 def audit(run: Path) -> Audit:
@@ -109,7 +109,7 @@ def audit_command(path: Path, *, as_json: bool, overrides: list[str]) -> int:
     A run's audit is also written into its folder, as audit.json and audit.svg.
     """
     console = Console(soft_wrap=True, stderr=as_json)
-    if path.is_file():
+    if path.is_file() or path.suffix == ".toml":
         found = of_config(configfile.load(path, overrides), path.stem)
     else:
         config = configfile.load(path / "config.toml", overrides)
@@ -117,6 +117,7 @@ def audit_command(path: Path, *, as_json: bool, overrides: list[str]) -> int:
         found = audit(path)
         write_json(path / "audit.json", as_dict(found))
         write_atomically(path / "audit.svg", draw(found.cards).encode())
+        Console(stderr=True).print(f"written: {path / 'audit.json'}, {path / 'audit.svg'}")
     if as_json:
         print(json.dumps(as_dict(found), indent=1, ensure_ascii=False))
     else:
@@ -172,6 +173,10 @@ def render(found: Audit) -> Iterator[Any]:
         yield ""
     checks = Table("check", "", "found", title="integrity", title_justify="left")
     for check in found.checks:
-        checks.add_row(check.name, "ok" if check.passed else "FAILED", check.said)
+        word = {True: "ok", False: "FAILED", None: "untested"}[check.passed]
+        checks.add_row(check.name, word, check.said)
     yield checks
-    yield f"{len(found.checks) - len(found.failed)} of {len(found.checks)} checks passed"
+    passed = sum(check.passed is True for check in found.checks)
+    untested = sum(check.passed is None for check in found.checks)
+    more = f", {untested} had nothing to be tested by" if untested else ""
+    yield f"{passed} of {len(found.checks)} checks passed{more}"

@@ -24,11 +24,11 @@ class Check(NamedTuple):
     """What one check found."""
 
     name: str
-    passed: bool
+    passed: bool | None  # None: nothing to test it by
     said: str  # the figures, and where it failed what that means
 
 
-type Checks = dict[str, Callable[[Setting], tuple[bool, str]]]
+type Checks = dict[str, Callable[[Setting], tuple[bool | None, str]]]
 
 
 def run_checks(setting: Setting, checks: Checks) -> Iterator[Check]:
@@ -37,7 +37,7 @@ def run_checks(setting: Setting, checks: Checks) -> Iterator[Check]:
             passed, said = check(setting)
         except (ValueError, TypeError, IndexError, KeyError, FloatingPointError) as error:
             passed, said = False, f"could not be computed: {error!r}"
-        yield Check(f"{setting.stage}: {name}", bool(passed), said)
+        yield Check(f"{setting.stage}: {name}", None if passed is None else bool(passed), said)
 
 
 def close(found: Any, expected: Any, tolerance: float) -> tuple[bool, str]:
@@ -253,12 +253,12 @@ def no_held_out_prompt_is_trained_on(setting: Setting) -> tuple[bool, str]:
     return shared == 0, f"{shared} prompts are in both"
 
 
-def reward_is_in_units_of_the_reference(setting: Setting) -> tuple[bool, str]:
+def reward_is_in_units_of_the_reference(setting: Setting) -> tuple[bool | None, str]:
     """Mean 0 on completions of the model before RLHF, where these end and so have a score."""
     found = read_json(setting.ws.stage("rlhf") / "evaluation.json")
     before, ended = found.get("reference/proxy"), found.get("reference/ended", 0.0)
     if before is None or ended < MOST:
-        return True, f"nothing to compare with: {ended:.0%} of the reference's completions end"
+        return None, f"nothing to compare with: {ended:.0%} of the reference's completions end"
     return abs(before) < 0.5, f"mean proxy of the reference: {before:.3f} standard deviations"
 
 

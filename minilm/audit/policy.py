@@ -67,7 +67,7 @@ def the_mask_covers_the_completion(setting: Setting) -> tuple[bool, str]:
     return wrong == 0 and bool(mask.any()), f"{mask.sum()} tokens counted, {wrong} wrongly"
 
 
-def the_score_stands_on_end_of_text(setting: Setting) -> tuple[bool, str]:
+def the_score_stands_on_end_of_text(setting: Setting) -> tuple[bool | None, str]:
     """The rollout's scores are those of its texts, each scored at its own end-of-text."""
     ws, collected = setting.ws, setting.parts.collected
     rlhf = ws.config.rlhf
@@ -101,7 +101,9 @@ def the_score_stands_on_end_of_text(setting: Setting) -> tuple[bool, str]:
     missing, pad = ws.config.rlhf.missing_eos_score, ws.tokenizer.pad_id
     again = proxy_scores(setting.parts.reward_model, rows, samples, missing, pad, 16)
     even, of_batch = close(again, collected.scores, 4 * setting.tolerance)
-    return passed and even, f"{keep.sum()} texts scored anew: {said}; other batch size: {of_batch}"
+    told = f"{keep.sum()} texts scored anew: {said}; other batch size: {of_batch}"
+    # Without a text that comes back as it was, nothing shows where the score stands.
+    return (None if even and not keep.any() else passed and even), told
 
 
 def the_first_ratio_is_one(setting: Setting) -> tuple[bool, str]:

@@ -47,6 +47,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "gold": ("gold", "gold_reward"),
     "parse_share": ("parse_share",),
 }  # fmt: skip
+KNOWN = {alias for aliases in ALIASES.values() for alias in aliases}
 FEWEST = 5  # points of a curve below which nothing is said about its shape
 
 type Values = Float[np.ndarray, " n"]
@@ -133,14 +134,21 @@ def collect(records: Iterable[Mapping[str, Any]], source: str = "") -> Curves:
     found: dict[str, None] = {}
     bad: list[tuple[float, str]] = []
     records = list(records)
+    if not records:
+        raise UserError("no metrics in it yet", where=source or None)
     names = {name: None for record in records for name in record}
     chosen = _match(names)
     if "step" not in chosen or not {"train", "validation", "score"} & chosen.keys():
         raise _unnamed(chosen, list(names), source)
+    others = [n for n in names if n not in chosen.values() and _plain(n) in KNOWN]
     for record in records:
         step = _number(record.get(chosen["step"]), chosen["step"], source)
         if step is None or not math.isfinite(step):
             continue
+        for name in others:  # such as the whole `loss` beside the term that is judged
+            value = record.get(name)
+            if isinstance(value, float) and not math.isfinite(value):
+                bad.append((step, name))
         for quantity, name in chosen.items():
             value = _number(record.get(name), name, source)
             if quantity == "step" or value is None:

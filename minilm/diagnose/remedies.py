@@ -44,8 +44,9 @@ REMEDIES: dict[str, Remedy] = {
         "minilm run {config} --redo {stage} --{stage}.optimizer.clip-norm 0.3",
     ),
     "repeated_data": Remedy(
-        "The same batches come back in the same order: check that the loader shuffles and that a "
-        "resumed run goes on where it stopped; take more documents or fewer steps.",
+        "What is trained on comes back: the loss repeats itself, or falls far below a validation "
+        "that stays. Take more documents or fewer steps; check that the loader shuffles and that a "
+        "resumed run goes on where it stopped.",
         "minilm audit {config}",
     ),
     "validation_mismatch": Remedy(

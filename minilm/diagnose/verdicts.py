@@ -157,7 +157,13 @@ def spikes(curves: Curves) -> Finding | None:
     loss = loss_of(curves)
     if loss is None or len(loss.curve.steps) < 10:
         return None
-    height = loss.curve.values - fits.smooth(loss.curve.values, 7)
+    values, width = loss.curve.values, 3
+    around = fits.smooth(values, 2 * width + 1)
+    # Above what was before, too: on a steep fall each point is above the mean of both sides.
+    before = [
+        np.median(values[max(i - width, 0) : i] if i else values[:1]) for i in range(len(values))
+    ]
+    height = values - np.maximum(around, before)
     # What stands in the first steep fall is that fall.
     height = np.where(loss.curve.steps > 0.1 * loss.end, height, 0.0)
     settled = loss.curve.between(0.1, 1.0)
@@ -166,7 +172,7 @@ def spikes(curves: Curves) -> Finding | None:
     if len(where) == 0:
         return None
     told = tuple(
-        Evidence("loss above its surroundings", float(height[i]), float(loss.curve.steps[i]))
+        Evidence("loss stands above both sides by", float(height[i]), float(loss.curve.steps[i]))
         for i in where[:4]
     )
     return Finding(above(float(height.max()), limit), told)
@@ -310,10 +316,15 @@ def plateau(curves: Curves) -> Finding | None:
     return Finding(above(before, KINK), tuple(told))
 
 
-def _gain(loss: Loss) -> fits.Gain | None:
-    """From a quarter of the run on; None where too few points are left."""
-    later = loss.curve.between(0.25, 1.0)
-    return fits.expected_gain(later) if len(later.steps) >= 6 and later.steps[0] > 0 else None
+def _gain(curves: Curves, loss: Loss) -> fits.Gain | None:
+    """From a quarter of the run on, to the floor at most; None where too few points are left."""
+    later, floor = loss.curve.between(0.25, 1.0), curves.series.get("floor")
+    if len(later.steps) < 6 or later.steps[0] <= 0:
+        return None
+    gain = fits.expected_gain(later)
+    room = np.inf if floor is None else max(loss.last - float(floor.values[-1]), 0.0)
+    ends = {"estimate": gain.estimate, "low": gain.low, "high": gain.high}
+    return gain._replace(**{name: min(value, room) for name, value in ends.items()})
 
 
 def underfitting(curves: Curves) -> Finding | None:
@@ -322,7 +333,7 @@ def underfitting(curves: Curves) -> Finding | None:
     if loss is None or floor is None:
         return None
     least = float(floor.values[-1])
-    excess, gain = loss.last - least, _gain(loss)
+    excess, gain = loss.last - least, _gain(curves, loss)
     if excess < UNDERFIT * loss.fall or (gain is not None and gain.estimate > excess / 4):
         return None
     told = (Evidence("training loss", loss.last, loss.end), Evidence("floor", least))
@@ -332,7 +343,7 @@ def underfitting(curves: Curves) -> Finding | None:
 def too_short(curves: Curves) -> Finding | None:
     """A power law through the curve promises much for twice the steps."""
     loss = loss_of(curves)
-    gain = None if loss is None else _gain(loss)
+    gain = None if loss is None else _gain(curves, loss)
     if loss is None or gain is None or loss.last <= 0:
         return None
     share = gain.estimate / loss.last
@@ -357,7 +368,7 @@ def course(curves: Curves) -> tuple[str, Finding] | None:
     loss = loss_of(curves)
     if loss is None:
         return None
-    gain = _gain(loss)
+    gain = _gain(curves, loss)
     if gain is None or loss.last <= 0:  # no law can be fitted
         scatter = fits.noise(loss.curve.values)
         flat = loss.smooth.values[-1] >= np.median(loss.smooth.values) - scatter

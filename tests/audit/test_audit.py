@@ -18,7 +18,7 @@ def found(tiny_run, compiling_once):
 
 
 def test_a_healthy_run_of_every_stage_passes(found):
-    assert [check for check in found.checks if not check.passed] == []
+    assert [check for check in found.checks if check.passed is False] == []
     names = {check.name for check in found.checks}
     for stage, checks in CHECKS.items():
         assert {f"{stage}: {name}" for name in checks} <= names

@@ -267,7 +267,7 @@ def catches(name, run, patch) -> None:
         mutant.inject(inner, run)
         _, checks = audit_stage(open_run(run), mutant.stage)
     jax.clear_caches()
-    failed = [check.name for check in checks if not check.passed]
+    failed = [check.name for check in checks if check.passed is False]
     assert any(mutant.caught_by in name for name in failed), failed
 
 
@@ -302,7 +302,7 @@ def test_the_audit_catches_it_in_the_files(name, tiny_run, tmp_path):
         only_the_folder = Setting("rlhf", ws, None, nothing, lambda model, batch: None, None, None)
         assert not CHECKS["rlhf"][mutant.caught_by](only_the_folder)[0]
         return
-    failed = [check.name for check in record_checks(ws, mutant.stage) if not check.passed]
+    failed = [check.name for check in record_checks(ws, mutant.stage) if check.passed is False]
     assert any(mutant.caught_by in name for name in failed)
 
 

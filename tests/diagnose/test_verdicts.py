@@ -68,6 +68,20 @@ def test_not_a_number_is_told_with_its_step():
     assert verdict.confidence == 1.0
 
 
+def test_the_whole_loss_is_looked_at_where_a_term_of_it_is_judged():
+    rows = [row | {"cross_entropy": row["loss"]} for row in records(fall())]
+    rows[40]["loss"] = math.nan
+    name, told, _ = the(rows)
+    assert (name, told["loss not finite"].step) == ("nonfinite", STEPS[40])
+
+
+def test_no_gain_is_promised_below_the_floor():
+    train = 1.0 + 3.0 * np.array(STEPS) ** -0.4
+    floor = float(train[-1]) - 0.01
+    _, told, _ = the(records(train, validation=train, floor=floor))
+    assert told["expected gain of as many steps again"].value <= 0.02
+
+
 def test_a_skipped_update_is_not_a_number_that_was_caught():
     rows = records(fall())
     rows[30]["skipped_in_a_row"] = 2.0
@@ -111,6 +125,13 @@ def test_spikes_are_told_by_step_and_the_first_fall_is_none():
     assert name == "spikes"
     assert [told.step for told in verdict.evidence] == [STEPS[25], STEPS[44]]
     assert "spikes" not in names(records(fall(pace=1.5)))
+
+
+def test_a_fall_that_slows_within_a_few_records_has_no_spike():
+    """Losses of a real run of 120 steps: each is lower than the one before."""
+    losses = [5.65, 4.04, 2.09, 0.93, 0.59, 0.50, 0.47, 0.453, 0.445, 0.441, 0.440, 0.438]
+    rows = [{"step": 10 * (k + 1), "loss": x, "grad_norm": 1.0} for k, x in enumerate(losses)]
+    assert "spikes" not in names(rows)
 
 
 def test_validation_apart_from_the_start_is_another_text_or_another_unit():
