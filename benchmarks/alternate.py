@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def arguments(description: str) -> argparse.Namespace:
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add("--rounds", type=int, default=12, help="turns of each variant (default: 12)")
     add("--seconds", type=float, default=0.6, help="of a turn (default: 0.6)")
+    add("--plot", metavar="FILE", help="the same as a picture, .svg or .png")
     add("--quick", action="store_true", help="tiny sizes, to see that it runs")
     add("--child", metavar="DTYPE", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -200,6 +202,7 @@ def serve(prepared: Prepared, dtype: str, seconds: float) -> None:
         turn = {
             "seconds": _median(prepared.once, seconds),
             "peak_gflops": peak.facts["gflop"] / _median(peak.once, seconds / 3),
+            "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         print(json.dumps(turn), flush=True)
 
@@ -234,8 +237,14 @@ def median(result: dict[str, Any], name: str) -> float:
     return statistics.median(turn[name] for turn in result["turns"])
 
 
-def show(title: str, rows: dict[str, dict[str, float] | None], sizes: dict[str, Any]) -> None:
-    """A table, and as the last line the same as JSON, with the machine."""
+def show(
+    title: str,
+    rows: dict[str, dict[str, float] | None],
+    sizes: dict[str, Any],
+    plot: str | None = None,
+    rate: str = "tokens_per_second",
+) -> None:
+    """A table, a picture if asked, and as the last line the same as JSON, with the machine."""
     from rich.console import Console
     from rich.table import Table
 
@@ -249,4 +258,29 @@ def show(title: str, rows: dict[str, dict[str, float] | None], sizes: dict[str, 
         table.add_row(name, *cells)
     console = Console()
     (console if console.is_terminal else Console(width=110)).print(table)
+    if plot:
+        draw(title, rows, Path(plot), rate)
     print(json.dumps({"benchmark": title, **sizes, "variants": rows, "machine": backend.facts()}))
+
+
+def draw(title: str, rows: dict[str, dict[str, float] | None], path: Path, rate: str) -> None:
+    """Bars of one rate by variant, beside the peer's where one took part."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ran = {name: row for name, row in rows.items() if row}
+    rates = {name: row[rate] for name, row in ran.items()}
+    for row in ran.values():
+        if "times_peer" in row:
+            rates["peer"] = row[rate] / row["times_peer"]
+    figure, axes = plt.subplots(figsize=(6, 0.5 + 0.5 * len(rates)), layout="constrained")
+    colors = ["tab:gray" if name == "peer" else "tab:blue" for name in rates]
+    bars = axes.barh(list(rates), list(rates.values()), color=colors)
+    axes.bar_label(bars, [f" {x:,.0f}" for x in rates.values()])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set(title=title, xlabel=f"{rate.replace('_per_', ' per ')}, median of the rounds")
+    figure.savefig(path)
+    plt.close(figure)

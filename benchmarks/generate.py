@@ -67,12 +67,13 @@ def main() -> None:
             "completions_per_second": batch / seconds,
             "times_float32": alternate.speedup(result, base) if base else float("nan"),
             "tokens_per_second": batch * new / seconds,
+            "resident_mib": alternate.median(result, "resident_mib"),
             "peak_gflops": alternate.median(result, "peak_gflops"),
             "compile_seconds": result["compile_seconds"],
         }
     measured = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new, "rounds": args.rounds}
     alternate.against_peer(results, rows)
-    alternate.show("generate", rows, measured)
+    alternate.show("generate", rows, measured, args.plot)
 
 
 if __name__ == "__main__":

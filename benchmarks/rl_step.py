@@ -120,7 +120,8 @@ def main() -> None:
         }
     alternate.against_peer(results, rows)
     measured = {"completions": 8 * count, "prompt_tokens": prompt, "new_tokens": new}
-    alternate.show("rl_step", rows, measured | {"size": args.size, "rounds": args.rounds})
+    measured |= {"size": args.size, "rounds": args.rounds}
+    alternate.show("rl_step", rows, measured, args.plot, "completions_per_second")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def prepare(config: Config, vocab: int, dtype: str) -> alternate.Prepared:
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
     facts = {"compile_seconds": time.perf_counter() - start}
+    if memory := compiled.memory_analysis():  # what XLA sets aside for the step beside its state
+        facts["step_mib"] = memory.temp_size_in_bytes / 2**20
 
     def once() -> None:
         nonlocal state
@@ -75,9 +77,12 @@ def main() -> None:
             "peak_gflops": alternate.median(result, "peak_gflops"),
             "share_of_peak": float(np.median(rates)),
             "compile_seconds": result["compile_seconds"],
+            "step_mib": result.get("step_mib", float("nan")),
+            "resident_mib": alternate.median(result, "resident_mib"),
         }
     alternate.against_peer(results, rows)
-    alternate.show("train_step", rows, {"tokens": tokens, "gflop": gflop, "rounds": args.rounds})
+    sizes = {"tokens": tokens, "gflop": gflop, "rounds": args.rounds}
+    alternate.show("train_step", rows, sizes, args.plot)
 
 
 if __name__ == "__main__":

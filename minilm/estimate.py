@@ -7,7 +7,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Column, Table
 
-from minilm.config import Config
+from minilm.config import Config, ModelConfig
 from minilm.model import Transformer, flops_per_token, parameter_count
 from minilm.optim import make_optimizer
 from minilm.text.tokenizer import BYTES, train_tokenizer
@@ -17,6 +17,7 @@ from minilm.text.tokenizer import BYTES, train_tokenizer
 TRAIN_EFFICIENCY = 0.2  # pretraining, in bfloat16
 TUNE_EFFICIENCY = 0.35  # reward model and RLHF
 DECODE_EFFICIENCY = 0.12
+BFLOAT16 = 0.61  # of float32's activations: softmax, norms' sums and logits stay float32
 STARTUP_SECONDS = 25.0  # compiling and evaluating, a stage
 ALPHABET = 100  # characters that a text of one language has, about
 VOCABULARIES = {"bytes": "every byte", "characters": "about", "bpe": "at most", "file": "its"}
@@ -84,11 +85,7 @@ def model_command(config: Config) -> None:
     moments = sum(x.size for x in jax.tree.leaves(jax.eval_shape(optimizer.init, shape)))
     m, vocab, kind = config.model, vocabulary(config), config.tokenizer.kind
     flops = flops_per_token(m, vocab, length)
-    # Kept for the backward pass, a layer and token: residuals, norms, Q, K, V, attention weights
-    # and the MLP's three products; at the end logits, their softmax and its gradient in float32.
-    per_layer = 6 * m.embed_dim + 4 * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
-    per_layer += 2 * m.num_heads * length + 4 * m.mlp_dim
-    activations = 4 * tokens * (m.num_layers * per_layer + 3 * vocab)
+    activations = activation_bytes(m, vocab, length, tokens)
     rows = [
         ("parameters", f"{count:,}"),
         (f"  at a vocabulary of {VOCABULARIES[kind]}", f"{vocab:,}"),
@@ -98,12 +95,26 @@ def model_command(config: Config) -> None:
         ("FLOPs of the pretraining", f"{flops * batch * length * config.pretrain.steps:.3g}"),
         ("memory: parameters, float32", _mib(4 * count)),
         ("memory: optimizer and gradient", _mib(4 * (moments + count))),
-        ("memory: activations of a step, about", _mib(activations)),
+        ("memory: activations of a step, float32, about", _mib(activations)),
+        ("  in bfloat16, about", _mib(round(BFLOAT16 * activations))),
     ]
     table = Table("quantity", Column("value", justify="right"), title="model")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def activation_bytes(model: ModelConfig, vocab: int, length: int, tokens: int) -> int:
+    """What a training step in float32 keeps beside parameters and optimizer, about.
+
+    For the backward pass, a layer and token: residuals, norms, Q, K, V, attention weights and the
+    MLP's three products; at the end logits, their softmax and its gradient. Within a quarter of
+    what XLA says of the compiled step, as is BFLOAT16 times it: tests/test_estimate.py.
+    """
+    per_layer = 6 * model.embed_dim
+    per_layer += 4 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_layer += 2 * model.num_heads * length + 4 * model.mlp_dim
+    return 4 * tokens * (model.num_layers * per_layer + 3 * vocab)
 
 
 def _mib(size: int) -> str:

@@ -20,7 +20,7 @@ for n, _ in enumerate(sys.stdin):
         file.write(dtype + " ")
     # Twice as slow in the second round, as on a shared machine; bfloat16 always half of float32.
     seconds = (1 + n) * (1.0 if dtype == "float32" else 0.5)
-    print(json.dumps({"seconds": seconds, "peak_gflops": 10}), flush=True)
+    print(json.dumps({"seconds": seconds, "peak_gflops": 10, "resident_mib": 9}), flush=True)
 """
 
 
@@ -52,6 +52,13 @@ def test_a_peer_takes_its_turn_and_is_compared_within_the_round(alternate, tmp_p
     rows = {"bfloat16": {}}
     alternate.against_peer(results, rows)
     assert rows["bfloat16"] == {"times_peer": 3.0, "peer_seconds": 2.0}  # 4 and 2
+
+
+def test_a_picture_has_a_bar_a_variant_and_the_peer(alternate, tmp_path):
+    row = {"tokens_per_second": 100.0, "times_peer": 2.0, "peer_seconds": 1.0}
+    alternate.draw("step", {"float32": row, "gone": None}, tmp_path / "a.svg", "tokens_per_second")
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "tokens per second" in text and "peer" in text and "gone" not in text
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,25 @@
 """What a config costs, said before anything runs."""
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
-from minilm.config import Config, ModelConfig, PretrainConfig, TokenizerConfig
-from minilm.estimate import STARTUP_SECONDS, TRAIN_EFFICIENCY, minutes, model_command, model_shape
-from minilm.model import flops_per_token, parameter_count
+from minilm.config import Config, ModelConfig, OptimizerConfig, PretrainConfig, TokenizerConfig
+from minilm.estimate import (
+    BFLOAT16,
+    STARTUP_SECONDS,
+    TRAIN_EFFICIENCY,
+    activation_bytes,
+    minutes,
+    model_command,
+    model_shape,
+)  # fmt: skip
+from minilm.model import Transformer, flops_per_token, parameter_count
+from minilm.optim import make_optimizer
+from minilm.stages.pretrain import LANGUAGE, forward
+from minilm.step import init_state, make_train_step
+from minilm.text.batches import batch_of
 
 CONFIG = Config(
     tokenizer=TokenizerConfig(vocab_size=300),
@@ -49,6 +64,24 @@ def test_pairs_from_a_file_need_no_sampling():
         update={"preferences": CONFIG.preferences.model_copy(update={"file": "pairs.jsonl"})}
     )
     assert minutes("preferences", config, MACHINE) == STARTUP_SECONDS / 60
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.0), ("bfloat16", BFLOAT16)])
+@pytest.mark.parametrize("length", [64, 192])
+def test_memory_of_a_step_is_what_xla_sets_aside_for_it(dtype, factor, length):
+    model = ModelConfig(num_layers=3, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16,
+                        mlp_dim=176)  # fmt: skip
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+
+    def start():
+        return init_state(Transformer(model, 300, compute_dtype=dtype, rngs=nnx.Rngs(0)), optimizer)
+
+    batch = batch_of(np.ones((8, length + 1), np.int32))
+    step = make_train_step(forward, LANGUAGE, optimizer, accumulation=1)
+    compiled = step.lower(jax.eval_shape(start), batch).compile()  # pyright: ignore
+    measured = compiled.memory_analysis().temp_size_in_bytes
+    predicted = factor * activation_bytes(model, 300, length, 8 * length)
+    assert measured == pytest.approx(predicted, rel=0.25)
 
 
 def test_the_command_prints_parameters_operations_and_memory(capsys):
