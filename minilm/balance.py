@@ -36,24 +36,37 @@ def _uncertainty_update(state: State, losses: PerTerm, norms: PerTerm, config) -
     """Gradient descent on s in Σ exp(−s) L + s / 2."""
     s = state["log_variances"]
     gradient = 0.5 - jnp.exp(-s) * losses
-    # A loss far above its scale would throw s beyond the exponential's range in one step.
-    return {"log_variances": s - config.learning_rate * jnp.clip(gradient, -10.0, 10.0)}
+    # A loss far above its scale would throw s beyond the exponential's range in one step, and one
+    # of 0, which pays for any weight, in many.
+    s = s - config.learning_rate * jnp.clip(gradient, -10.0, 10.0)
+    return {"log_variances": jnp.clip(s, -10.0, 10.0)}
 
 
 def _gradnorm_update(state: State, losses: PerTerm, norms: PerTerm, config) -> State:
     """log w_i moves towards log G_i = log (mean(G) r_i^α); then the weights' sum is kept.
 
     The paper descends Σ |G_i − mean(G) r_i^α|: where norms differ a hundredfold its steps, which
-    are signs times norms, throw the weights about for ever. This has the same place of rest.
+    are signs times norms, throw the weights about for ever. This has the same place of rest. A term
+    without a gradient, or whose loss is not above 0, keeps its weight and is in no mean: no weight
+    would make it pull.
     """
     weights, first = state["weights"], state["first"]
-    first = jnp.where(jnp.isnan(first), losses, first)
-    progress = losses / jnp.maximum(first, 1e-12)  # inverse training rate
-    norms = jnp.maximum(weights * norms, 1e-12)
-    target = jnp.mean(norms) * (progress / jnp.maximum(jnp.mean(progress), 1e-12)) ** config.alpha
-    gap = jnp.log(norms) - jnp.log(jnp.maximum(target, 1e-12))
-    weights = weights * jnp.exp(-config.learning_rate * jnp.clip(gap, -5.0, 5.0))
-    return {"weights": weights * len(weights) / jnp.sum(weights), "first": first}
+    alive = (norms > 1e-12) & (losses > 0)
+    first = jnp.where(jnp.isnan(first) & alive, losses, first)
+
+    def total(x):
+        return jnp.sum(jnp.where(alive, x, 0.0))
+
+    progress = jnp.where(alive, losses / jnp.where(alive, first, 1.0), 1.0)  # inverse training rate
+    pulls = jnp.where(alive, weights * norms, 1.0)
+    count = jnp.maximum(total(jnp.ones_like(losses)), 1.0)
+    pace = progress / jnp.maximum(total(progress) / count, 1e-12)
+    target = total(pulls) / count * pace**config.alpha
+    gap = jnp.log(pulls) - jnp.log(jnp.maximum(target, 1e-12))
+    moved = weights * jnp.exp(-config.learning_rate * jnp.clip(gap, -5.0, 5.0))
+    rest = len(weights) - jnp.sum(jnp.where(alive, 0.0, weights))  # the sum of all stays
+    moved = moved * rest / jnp.maximum(total(moved), 1e-12)
+    return {"weights": jnp.where(alive, moved, weights), "first": first}
 
 
 BALANCES: dict[str, Balance] = {

@@ -186,8 +186,9 @@ def keep_best(folder: Path, stopped: int) -> Path:
 
     Killed halfway, the same call completes it.
     """
-    known = {path: metadata(path) for path in folder.glob("step_*")}
-    judged = [path for path, record in known.items() if record["best"] is not None]
+    known = {path: metadata(path) for path in sorted(folder.glob("step_*"))}
+    figures = {path: record["best"] for path, record in known.items()}
+    judged = [path for path, best in figures.items() if best is not None and not math.isnan(best)]
     best = min(judged, key=lambda path: known[path]["best"])
     step = known[best]["step"]
     _write_metadata(best, known[best] | {"steps": step, "stopped_at": stopped})

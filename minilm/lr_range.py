@@ -21,10 +21,10 @@ from minilm.files import write_atomically, write_json
 from minilm.model import Transformer
 from minilm.optim import make_optimizer
 from minilm.stages.preflight import check
-from minilm.stages.pretrain import LANGUAGE, forward
+from minilm.stages.pretrain import LANGUAGE, forward_of
 from minilm.step import init_state, make_train_step
 from minilm.terms import configured
-from minilm.text.batches import Batches, pack
+from minilm.text.batches import Batches, batch_across, batch_of, pack
 from minilm.text.corpora import split
 from minilm.text.tokenizer import train_tokenizer
 
@@ -146,14 +146,17 @@ def range_test(
     tokenizer = train_tokenizer(config.tokenizer, texts)
     ids = [np.array(x, np.int32) for x in tokenizer.encode_batch(texts)]
     batches = Batches(
-        pack(ids, settings.sequence_length), batch_size=settings.batch_size, seed=seed
+        pack(ids, settings.sequence_length),
+        batch_size=settings.batch_size,
+        seed=seed,
+        make=batch_of if settings.document_attention else batch_across,
     )
     shape = {"compute_dtype": compute_dtype, "rngs": nnx.Rngs(seed)}
     model = Transformer(config.model, tokenizer.vocab_size, **shape)
     objective = configured(LANGUAGE, "pretrain", config, steps)
     optimizer = rising(settings.optimizer, steps, low, high)
     parts = {"accumulation": settings.accumulation, "balancing": config.balance}
-    update = make_train_step(forward, objective, optimizer, **parts)
+    update = make_train_step(forward_of(settings.logits_chunk), objective, optimizer, **parts)
     state = init_state(model, optimizer, objective, config.balance)
     losses: list[float] = []
     for k in track(range(steps), "lr-range", console=Console(stderr=True), transient=True):

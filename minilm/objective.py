@@ -59,7 +59,8 @@ class Chunked(NamedTuple):
         def cut(x):
             flat = jnp.asarray(x).reshape(count, *x.shape[2:])
             room = [(0, chunks * self.size - count)] + [(0, 0)] * (flat.ndim - 1)
-            return jnp.pad(flat, room).reshape(chunks, self.size, *flat.shape[1:])
+            # Every so manieth position: so each device keeps its own positions in each chunk.
+            return jnp.pad(flat, room).reshape(self.size, chunks, *flat.shape[1:]).swapaxes(0, 1)
 
         @jax.checkpoint
         def one(inputs, part):

@@ -72,7 +72,7 @@ def make_mesh(config: ParallelConfig, model: ModelConfig, batch_size: int) -> Me
             allowed=f"{allowed}{len(devices)}",
         )
     for key, value, parts in (
-        ("batch_size", batch_size, config.data * config.fsdp),
+        ("batch_size / accumulation", batch_size, config.data * config.fsdp),
         ("model.embed_dim", model.embed_dim, config.fsdp),
         ("model.num_kv_heads", model.num_kv_heads, config.tensor),
         ("model.mlp_dim", model.mlp_dim, config.tensor),
@@ -150,12 +150,14 @@ def several() -> bool:
     return jax.process_count() > 1
 
 
+def gathered(tree: Any) -> Any:
+    """What several processes hold together, in this one's host memory; collective: all must ask."""
+    return multihost_utils.process_allgather(tree, tiled=True) if several() else tree
+
+
 def whole(tree: Any) -> Any:
-    """What several processes hold together, as arrays of this one; collective: all must ask."""
-    if not several():
-        return tree
-    found = multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(jnp.asarray, found)
+    """The same on this process's first device, as a model to evaluate has to be."""
+    return jax.tree.map(jnp.asarray, gathered(tree)) if several() else tree
 
 
 def is_first() -> bool:
@@ -178,10 +180,16 @@ def said_by_first(*numbers: int | float) -> tuple:
     return tuple(type(own)(x) for own, x in zip(numbers, told.tolist(), strict=True))
 
 
+def told_by_first(todo: list[str]) -> list[str]:
+    """The first process's list, of which the others have no more than it has; collective."""
+    (count,) = said_by_first(len(todo))
+    return todo[:count]
+
+
 def read_by_first(state: Any, restore: Callable[[Any], Any]) -> Any:
     """`restore(state)`, read by the first process and told to the others; collective."""
     if not several():
         return restore(state)
-    own = whole(state)
+    own = gathered(state)
     told = multihost_utils.broadcast_one_to_all(restore(own) if is_first() else own)
     return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), told, state)

@@ -70,9 +70,9 @@ def run(
 
 def _joined(config: Config, out: Path, until: str | None, only: str | None) -> Path:
     """Joins the other processes; each but the first works in a folder of its own within `out`."""
-    if (only or until) not in ("pretrain", "sft"):
+    if (only or until) != "pretrain":
         raise UserError(
-            "several processes pretrain and fine-tune; the other stages run in one",
+            "several processes pretrain; the other stages run in one",
             where="parallel.coordinator",
             hint="minilm pretrain CONFIG in each process, then minilm run CONFIG without it",
         )
@@ -142,6 +142,10 @@ def _run_locked(config, place: Place, until, redo, only) -> None:
         if stage.name in names:
             plan[stage.name] = state
     todo = [name for name, state in plan.items() if state != "done"]
+    if config.parallel.coordinator is not None:  # what is done, the first process knows
+        todo = _function("minilm.parallel:told_by_first")(todo)
+        if not todo and out.name.startswith("process_"):
+            return
     if not todo:
         console.print(f"nothing changed: {', '.join(names)} are done in {out}")
         if read_json(out / "summary.json") != _summary(out) or not (out / "report.html").exists():

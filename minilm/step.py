@@ -93,7 +93,10 @@ def make_gradients(
         if accumulation == 1:
             values, totals, grads = part_of(batch)
             return values, totals, counts, grads
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        # Every so manieth row: so each device keeps its own rows in each part.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         shapes = jax.eval_shape(part_of, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

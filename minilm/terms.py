@@ -49,7 +49,7 @@ def token_entropy(logits, batch):
 
 
 def centering(scores, batch):
-    """(r₁ + r₂)²: keeps rewards near 0. Eisenstein et al. (2023), arXiv:2312.09244, eq. 4."""
+    """(r₁ + r₂)²: keeps rewards near 0. Eisenstein et al. (2023), arXiv:2312.09244."""
     return (scores.first + scores.second).astype(jnp.float32) ** 2
 
 

@@ -89,7 +89,7 @@ def fit(
 
     def save(step_count: int, seconds: float) -> None:
         nonlocal saved
-        own = parallel.whole(state)
+        own = parallel.gathered(state)
         if not parallel.is_first():
             return
         saved = checkpoint.save(
@@ -180,7 +180,7 @@ def fit(
                 progress.note(f"{title} {k + 1}/{steps} writes: {sample(state)}")
                 sampled = True
             clock = time.perf_counter()
-        if signals.caught:  # while the last evaluation ran
+        if parallel.any_says(signals.caught):  # while the last evaluation ran
             raise Interrupted(f"{title} is done; the same command goes on")
         last = made = steps
         if stopped:

@@ -55,6 +55,27 @@ def test_gradnorm_pulls_harder_where_training_is_slow():
     assert float(slow / fast) == pytest.approx(4.0, rel=0.1)
 
 
+@pytest.mark.parametrize("lost", [0.0, -1.0])
+def test_a_term_that_does_not_pull_keeps_its_weight_and_spoils_no_others(lost):
+    """A scheduled term at weight 0, an empty one, a reward as a negative loss: with them, all the
+    weight once went where no gradient was, or to NaN."""
+    config = BalanceConfig(method="gradnorm", learning_rate=0.02)
+    rule = balance.BALANCES["gradnorm"]
+    state = rule.initial(3)
+    for _ in range(300):
+        losses, norms = jnp.asarray([1.0, 2.0, lost]), jnp.asarray([1.0, 4.0, 0.0])
+        state = rule.update(state, losses, norms, config)
+    weights = np.asarray(rule.factors(state))
+    assert weights[2] == 1.0
+    assert weights[0] == pytest.approx(4 * weights[1], rel=0.05)
+    assert weights[:2].sum() == pytest.approx(2, rel=1e-4)
+
+
+def test_a_loss_of_zero_raises_its_weight_to_a_bound():
+    found = iterate(CONFIG, np.zeros(1, np.float32), np.zeros(1, np.float32), 3000)
+    assert float(found[0]) == pytest.approx(np.exp(10.0), rel=1e-4)
+
+
 def test_none_leaves_the_weights():
     assert balance.initial(BalanceConfig(), 3) == {}
     assert float(balance.BALANCES["none"].factors({})) == 1

@@ -20,6 +20,7 @@ from minilm.files import read_json
 from minilm.metrics import read
 from minilm.model import Transformer
 from minilm.optim import make_optimizer
+from minilm.stages.pretrain import forward_of
 from minilm.step import TrainState, init_state, make_train_step
 from minilm.text.batches import Batch
 
@@ -50,10 +51,11 @@ def start() -> TrainState:
     return init_state(model, OPTIMIZE, ema_decay=0.9)
 
 
-def trained(mesh, state=None, begin: int = 0, end: int = 4) -> tuple[TrainState, list[float]]:
-    step = make_train_step(
-        forward, LANGUAGE, OPTIMIZE, accumulation=1, ema_decay=0.9, log_layers=True, mesh=mesh
-    )
+def trained(
+    mesh, state=None, begin: int = 0, end: int = 4, accumulation: int = 1
+) -> tuple[TrainState, list[float]]:
+    options = {"accumulation": accumulation, "ema_decay": 0.9, "log_layers": True, "mesh": mesh}
+    step = make_train_step(forward, LANGUAGE, OPTIMIZE, **options)
     state = parallel.build(mesh, start) if state is None else state
     losses, batches = [], Rows()
     for k in range(begin, end):
@@ -93,6 +95,24 @@ def test_a_mesh_of_any_shape_trains_as_one_device_does(shape, one):
     assert all(m.addressable_shards[0].data.shape == (16 // fsdp, 16 // tensor) for m in moments)
 
 
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_parts_of_a_batch_stay_on_their_devices(chunk, one):
+    """Accumulation and chunks of logits cut a batch across its devices' rows: nothing is gathered,
+    and each device has a quarter of the work."""
+    work, gathered = [], []
+    for mesh in (None, mesh_of(4, 1, 1)):
+        parts = {"accumulation": 2, "mesh": mesh}
+        step = make_train_step(forward_of(chunk), LANGUAGE, OPTIMIZE, **parts)
+        state = parallel.build(mesh, start)
+        compiled = step.lower(state, parallel.read(mesh, Rows(), 0)).compile()  # pyright: ignore
+        work.append(compiled.cost_analysis()["flops"])
+        gathered.append(compiled.as_text().count(" all-gather("))
+    assert gathered == [0, 0]
+    assert work[1] < 0.5 * work[0]
+    _, losses = trained(mesh_of(4, 1, 1), accumulation=2)
+    np.testing.assert_allclose(losses, one[1], rtol=1e-5)
+
+
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path, one):
     half, _ = trained(mesh_of(1, 2, 4), end=2)
     saved = checkpoint.save(tmp_path, 2, half, {}, keep=1)
@@ -125,7 +145,7 @@ def test_without_a_mesh_nothing_is_placed():
     ("sizes", "said"),
     [
         ({"data": 16}, "a mesh of 16 devices (data 16 x fsdp 1 x tensor 1)"),
-        ({"data": 3}, "batch_size: does not divide into 3 parts"),
+        ({"data": 3}, "batch_size / accumulation: does not divide into 3 parts"),
         ({"tensor": 8}, "model.num_kv_heads: does not divide into 8 parts"),
     ],
 )
@@ -187,6 +207,6 @@ def test_several_processes_do_not_take_the_other_stages(tiny, tmp_path, capsys):
     from minilm.run import run
 
     config = configfile.load(tiny, ["--parallel.coordinator", "localhost:1"])
-    with pytest.raises(UserError, match="several processes pretrain and fine-tune"):
+    with pytest.raises(UserError, match="several processes pretrain"):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from minilm.audit.setting import Setting, rows_of
+from minilm.errors import UserError
 from minilm.files import read_json
 from minilm.stages.reward import score_texts
 from minilm.text.batches import Batch
 from minilm.text.tokenizer import Tokenizer
 
+BROKEN = (ArithmeticError, LookupError, RuntimeError, TypeError, UserError, ValueError)
 MOST = 0.9  # of the reference's completions end, so that their mean is that of the score
 
 
@@ -35,7 +37,7 @@ def run_checks(setting: Setting, checks: Checks) -> Iterator[Check]:
     for name, check in checks.items():
         try:
             passed, said = check(setting)
-        except (ValueError, TypeError, IndexError, KeyError, FloatingPointError) as error:
+        except BROKEN as error:
             passed, said = False, f"could not be computed: {error!r}"
         yield Check(f"{setting.stage}: {name}", None if passed is None else bool(passed), said)
 
@@ -96,14 +98,16 @@ def targets_are_the_next_tokens(setting: Setting) -> tuple[bool, str]:
     return wrong == 0, f"{wrong} of {tokens[:, 1:].size} are not"
 
 
-def documents_do_not_see_each_other(setting: Setting) -> tuple[bool, str]:
+def documents_do_not_see_each_other(setting: Setting) -> tuple[bool | None, str]:
     """Changing the first document of each row leaves what is said of the later ones."""
+    if setting.stage == "pretrain" and not setting.ws.config.pretrain.document_attention:
+        return None, "pretrain.document_attention is off"
     tokens, targets = np.array(setting.batch.tokens), np.asarray(setting.batch.targets)
     starts = np.cumsum(tokens == Tokenizer.eos_id, axis=1)
     later, first = (starts > 1) & (tokens != Tokenizer.pad_id), (starts == 1)
     first &= tokens != Tokenizer.eos_id
     if not later.any():
-        return True, "no row of the first batch holds two documents"
+        return None, "no row of the first batch holds two documents"
     # Another token for each of the first document's; the segments stay what they are.
     other = np.where(first, 2 + (tokens - 1) % (setting.ws.tokenizer.vocab_size - 2), tokens)
     changed = setting.batch._replace(tokens=other.astype(np.int32))
@@ -164,16 +168,18 @@ def _ragged(setting: Setting) -> Any:
 
 
 def no_held_out_document_is_trained_on(setting: Setting) -> tuple[bool, str]:
-    """Documents read back from the packed rows, against the held-out texts."""
+    """Documents read back from the packed rows, against the held-out texts; of longer ones the
+    first window, as it is packed."""
     rows, tokenizer = setting.parts.rows, setting.ws.tokenizer
     flat = np.ravel(
         np.concatenate([rows, np.full((len(rows), 1), tokenizer.pad_id, rows.dtype)], 1)
     )
     flat = flat[flat != tokenizer.pad_id]
     pieces = np.split(flat, np.flatnonzero(flat == tokenizer.eos_id))
-    trained = {piece[1:].tobytes() for piece in pieces}
+    trained = {piece[1:].tobytes() for piece in pieces} | {row[1:].tobytes() for row in rows}
     texts = tokenizer.encode_batch(setting.parts.held_out)
-    leaked = sum(np.array(ids, rows.dtype).tobytes() in trained for ids in texts if ids)
+    windows = [np.array(ids[: rows.shape[1] - 1], rows.dtype).tobytes() for ids in texts if ids]
+    leaked = sum(window in trained for window in windows)
     return leaked == 0, f"{leaked} of {len(texts)} held-out documents are in the training rows"
 
 

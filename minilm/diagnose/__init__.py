@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minilm import configfile
+from minilm.config import RewardConfig, RLHFConfig
 from minilm.diagnose import rl, verdicts
 from minilm.diagnose.curves import FEWEST, Curves, collect, load
 from minilm.diagnose.fits import best_step, should_stop
@@ -96,12 +98,16 @@ def _of_stage(curves: Curves, stage: str, config: str) -> list[Verdict]:
 
 def _verdict(name: str, found: Finding, curves: Curves, stage: str, config: str) -> Verdict:
     remedy = REMEDIES[name]
-    measured = curves.series.get("validation") or curves.series.get("gold")
+    truths = (curves.series.get(name) for name in ("validation", "gold", "parse_share"))
+    measured = next((curve for curve in truths if curve is not None), None)
     best = curves.last_step
     if measured is not None:
         sign = 1 if "validation" in curves.series else -1
         best = best_step(measured.steps, sign * measured.values)
     known = stage if stage in ("pretrain", "sft", "reward", "rlhf") else "pretrain"
+    settings = _settings(config, known)
+    epochs = settings.epochs if isinstance(settings, RewardConfig) else 1
+    kl_coef = settings.kl_coef if isinstance(settings, RLHFConfig) else 0.0
     best, twice = f"{max(best, 1):.0f}", f"{2 * curves.last_step:.0f}"
     words = {
         "stage": known,
@@ -110,12 +116,30 @@ def _verdict(name: str, found: Finding, curves: Curves, stage: str, config: str)
         "best_step": best,
         # The reward model's length is told in passes over its pairs.
         "to_best": "--reward.epochs 1" if known == "reward" else f"--{known}.steps {best}",
-        "twice": "--reward.epochs 2" if known == "reward" else f"--{known}.steps {twice}",
+        "twice": f"--reward.epochs {2 * epochs}"
+        if known == "reward"
+        else f"--{known}.steps {twice}",
+        "kl_coef": f"{max(3 * kl_coef, 0.1):.2g}",
     }
-    command = remedy.command.format_map(words)
+    command = remedy.command
+    if command.startswith("minilm lr-range") and known != "pretrain":  # which alone it trains
+        change = 3.0 if name in ("learning_rate_too_low", "plateau") else 0.3
+        rate = change * (settings.optimizer.learning_rate if settings else 1e-3)
+        command = (
+            f"minilm run {{config}} --redo {{stage}} --{known}.optimizer.learning-rate {rate:.2g}"
+        )
+    command = command.format_map(words)
     if config != "CONFIG" and command.startswith("minilm run "):
         command += f" --out {words['run']}"  # else a new folder would be named after config.toml
     return Verdict(name, found.confidence, found.evidence, remedy.text, command, stage)
+
+
+def _settings(config: str, stage: str) -> Any:
+    """The stage's section of a run's config; None where there is no such file."""
+    try:
+        return dict(configfile.load(config))[stage]
+    except UserError:
+        return None
 
 
 def _json(found: Sequence[Verdict]) -> str:

@@ -91,12 +91,12 @@ REMEDIES: dict[str, Remedy] = {
     "entropy_collapse": Remedy(
         "The policy says one thing only: raise kl_coef or lower the rate, check the sign of an "
         "entropy term.",
-        "minilm run {config} --redo rlhf --rlhf.kl-coef 0.1",
+        "minilm run {config} --redo rlhf --rlhf.kl-coef {kl_coef}",
     ),
     "length_gaming": Remedy(
         "Completions grow and the reward with them: check longer_chosen in the preferences, "
         "balance the pairs by length, raise kl_coef.",
-        "minilm run {config} --redo rlhf --rlhf.kl-coef 0.1",
+        "minilm run {config} --redo rlhf --rlhf.kl-coef {kl_coef}",
     ),
     "reward_hacking": Remedy(
         "The proxy rises and the truth does not: stop at the best step, raise kl_coef, train the "
@@ -106,6 +106,7 @@ REMEDIES: dict[str, Remedy] = {
     "kl_blow_up": Remedy(
         "The policy left the reference for more than the reward was worth: raise kl_coef, lower "
         "the rate, check the sign of the penalty.",
-        "minilm run {config} --redo rlhf --rlhf.kl-coef 0.1 --rlhf.optimizer.learning-rate 1e-4",
+        "minilm run {config} --redo rlhf --rlhf.kl-coef {kl_coef} "
+        "--rlhf.optimizer.learning-rate 1e-4",
     ),
 }

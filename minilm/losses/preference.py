@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32
 
-from minilm.losses.checks import check_shape
+from minilm.losses.checks import check_shape, check_shares
 
 
 def bradley_terry(
@@ -41,5 +41,9 @@ def bradley_terry(
     [0.6931 0.    ]
     """
     check_shape("rejected", rejected, chosen.shape, "chosen")
+    label = jnp.asarray(label)
+    if label.ndim:
+        check_shape("label", label, chosen.shape, "chosen")
+    check_shares(label, "label")
     margins = chosen.astype(jnp.float32) - rejected.astype(jnp.float32)
     return optax.sigmoid_binary_cross_entropy(margins, jnp.asarray(label, jnp.float32))

@@ -77,7 +77,8 @@ def pretrain(ws: Workspace) -> dict:
     _tell_corpus(documents, batches, folder)
     write_jsonl(folder / "held_out.jsonl", [d._asdict() for d in documents.held_out])
     optimizer = make_optimizer(config.optimizer, config.steps)
-    mesh = parallel.make_mesh(ws.config.parallel, ws.config.model, config.batch_size)
+    rows = config.batch_size // config.accumulation
+    mesh = parallel.make_mesh(ws.config.parallel, ws.config.model, rows)
     objective, balancing = (
         configured(LANGUAGE, "pretrain", ws.config, config.steps),
         ws.config.balance,

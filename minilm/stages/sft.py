@@ -40,7 +40,8 @@ def sft(ws: Workspace) -> dict:
     steps = -(-len(train) * config.epochs // config.batch_size)
     optimizer = make_optimizer(config.optimizer, steps)
     objective, balancing = configured(LANGUAGE, "sft", ws.config, steps), ws.config.balance
-    mesh = parallel.make_mesh(ws.config.parallel, ws.config.model, config.batch_size)
+    rows = config.batch_size // config.accumulation
+    mesh = parallel.make_mesh(ws.config.parallel, ws.config.model, rows)
     update = make_train_step(
         forward,
         objective,

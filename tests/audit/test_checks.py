@@ -9,7 +9,7 @@ import pytest
 from minilm.audit import checks
 from minilm.audit.setting import Setting
 from minilm.objective import Objective, Term
-from minilm.text.batches import Batch
+from minilm.text.batches import Batch, pack
 from minilm.text.tokenizer import Tokenizer
 
 EOS, PAD = Tokenizer.eos_id, Tokenizer.pad_id
@@ -72,6 +72,35 @@ def test_an_end_of_text_that_does_not_count_is_found():
 
 def test_targets_that_are_not_shifted_are_found():
     assert not checks.targets_are_the_next_tokens(language(targets=TOKENS))[0]
+
+
+class Encoder(NamedTuple):
+    pad_id: int = PAD
+    eos_id: int = EOS
+
+    def encode_batch(self, texts):
+        return [[int(n) for n in text.split()] for text in texts]
+
+
+class Trained(NamedTuple):
+    rows: np.ndarray
+    held_out: list[str]
+
+
+@pytest.mark.parametrize("count", [20, 100])
+def test_a_held_out_text_in_the_rows_is_found_also_where_it_is_longer_than_a_row(count):
+    ids = 2 + np.arange(count) % 50
+    other = 2 + np.arange(1, 41) * 7 % 50
+    setting = language()._replace(ws=World()._replace(), parts=None)
+    for documents, leaked in (([ids, other], True), ([other], False)):
+        rows = pack([np.array(d, np.int32) for d in documents], 32)
+        parts = Trained(rows, [" ".join(map(str, ids))])
+        here = setting._replace(parts=parts, ws=Tokens(Encoder()))
+        assert checks.no_held_out_document_is_trained_on(here)[0] is not leaked
+
+
+class Tokens(NamedTuple):
+    tokenizer: Encoder
 
 
 def test_a_check_that_cannot_be_computed_has_failed():

@@ -43,7 +43,8 @@ def test_a_run_is_judged_stage_by_stage(run):
 @pytest.mark.parametrize("part", ["", "reward", "reward/metrics.jsonl"])
 def test_commands_name_the_runs_own_config(run, part):
     last = d.diagnose(run / part)[-1]
-    assert last.command == f"minilm lr-range {run / 'config.toml'}"
+    assert last.command.startswith(f"minilm run {run / 'config.toml'} --redo reward ")
+    assert "--reward.optimizer.learning-rate" in last.command  # lr-range trains no other stage
 
 
 def test_a_run_that_is_mended_stays_in_its_folder(run):
@@ -85,7 +86,7 @@ def test_the_json_is_json_whatever_the_figures(run, capsys):
 def test_the_terminal_gets_every_verdict_with_figures_and_the_next_command(run, capsys):
     d.diagnose_command(run, as_json=False)
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for words in ("pretrain", "converged", "diverging", "lowest smoothed loss", "next: minilm lr"):
+    for words in ("pretrain", "converged", "diverging", "lowest smoothed loss", "next: minilm run"):
         assert words in out
 
 

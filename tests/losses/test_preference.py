@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilm.errors import UserError
 from minilm.losses.preference import bradley_terry
 
 
@@ -19,6 +20,12 @@ def test_against_float64(chosen, rejected, label):
         jnp.full(1, chosen), jnp.full(1, rejected), label=jnp.full(1, label, jnp.float32)
     )
     np.testing.assert_allclose(out, [expected], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [np.full(3, 2.0), np.array([0.5, np.nan, 1.0])])
+def test_labels_that_are_no_shares_are_refused(label):
+    with pytest.raises(UserError, match="label"):
+        bradley_terry(jnp.zeros(3), jnp.zeros(3), label=jnp.asarray(label, jnp.float32))
 
 
 def test_gradient_is_predicted_minus_observed_share():
