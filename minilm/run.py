@@ -77,12 +77,8 @@ def _joined(config: Config, out: Path, until: str | None, only: str | None) -> P
             hint="minilm pretrain CONFIG in each process, then minilm run CONFIG without it",
         )
     if config.backend.compute_dtype == "auto":
-        raise UserError(
-            "several processes have to compute in the same way",
-            where="backend.compute_dtype",
-            value="auto",
-            allowed="float32 or bfloat16, the same in all",
-        )
+        problem, where = "several processes have to compute alike", "backend.compute_dtype"
+        raise UserError(problem, where=where, value="auto", allowed="float32 or bfloat16")
     number = _function("minilm.parallel:start")(config.parallel)
     own = out / f"process_{number}" if number else out
     if number:  # nothing in it is read again: the first process saves

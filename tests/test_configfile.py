@@ -245,7 +245,7 @@ def test_changed_keys_name_what_differs_and_what_one_side_lacks():
 def test_sections_are_resolved_values_that_json_can_hold():
     found = configfile.sections(Config(), ["tokenizer", "pretrain.optimizer.name", "seed"])
     assert found == {
-        "tokenizer": {"kind": "bpe", "vocab_size": 2048},
+        "tokenizer": {"kind": "bpe", "vocab_size": 2048, "file": None},
         "pretrain.optimizer.name": "adamw",
         "seed": 0,
     }

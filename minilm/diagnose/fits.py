@@ -73,6 +73,15 @@ def smooth(values: Values, width: int = 5) -> Values:
     return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
 
 
+def height(values: Values, width: int = 3) -> Values:
+    """How far each value stands above the median around it and above that of those before it.
+
+    Of both, since on a steep fall each point is above the median of its two sides.
+    """
+    before = [np.median(values[max(i - width, 0) : max(i, 1)]) for i in range(len(values))]
+    return values - np.maximum(smooth(values, 2 * width + 1), before)
+
+
 def noise(values: Values) -> float:
     """Standard deviation of single points about a smooth course, robust to spikes and to slope.
 
@@ -171,7 +180,12 @@ def fit_power_law(curve: Curve) -> PowerLaw:
 
 
 def expected_gain(
-    curve: Curve, *, horizon: float = 2.0, resamples: int = 200, seed: int = 0
+    curve: Curve,
+    *,
+    horizon: float = 2.0,
+    most: float = math.inf,
+    resamples: int = 200,
+    seed: int = 0,
 ) -> Gain:
     """How much lower the loss would be after `horizon` times as many steps, by a fitted power law.
 
@@ -181,6 +195,7 @@ def expected_gain(
 
     Args:
       curve: from where the first steep fall is over; steps above 0.
+      most: what there is to gain, down to a known floor.
     """
     law, end = fit_power_law(curve), float(curve.steps[-1])
     fitted = np.array([law.at(step) for step in curve.steps])
@@ -189,7 +204,8 @@ def expected_gain(
     _, scales, exponents = _fit(curve.steps, fitted[None, :] + (rest - rest.mean())[draws])
     gains = scales * (end**-exponents - (horizon * end) ** -exponents)
     low, high = np.quantile(gains, [0.05, 0.95])
-    return Gain(law, law.at(end) - law.at(horizon * end), float(low), float(high))
+    gain = law.at(end) - law.at(horizon * end)
+    return Gain(law, *(min(float(x), most) for x in (gain, low, high)))
 
 
 def _fit(

@@ -157,24 +157,15 @@ def spikes(curves: Curves) -> Finding | None:
     loss = loss_of(curves)
     if loss is None or len(loss.curve.steps) < 10:
         return None
-    values, width = loss.curve.values, 3
-    around = fits.smooth(values, 2 * width + 1)
-    # Above what was before, too: on a steep fall each point is above the mean of both sides.
-    before = [
-        np.median(values[max(i - width, 0) : i] if i else values[:1]) for i in range(len(values))
-    ]
-    height = values - np.maximum(around, before)
+    steps, values = loss.curve
     # What stands in the first steep fall is that fall.
-    height = np.where(loss.curve.steps > 0.1 * loss.end, height, 0.0)
-    settled = loss.curve.between(0.1, 1.0)
-    limit = max(SPIKE * loss.fall, SPIKE_NOISE * fits.noise(settled.values))
+    height = np.where(steps > 0.1 * loss.end, fits.height(values), 0.0)
+    limit = max(SPIKE * loss.fall, SPIKE_NOISE * fits.noise(loss.curve.between(0.1, 1.0).values))
     where = np.flatnonzero(height > limit)
     if len(where) == 0:
         return None
-    told = tuple(
-        Evidence("loss stands above both sides by", float(height[i]), float(loss.curve.steps[i]))
-        for i in where[:4]
-    )
+    name = "loss stands above both sides by"
+    told = tuple(Evidence(name, float(height[i]), float(steps[i])) for i in where[:4])
     return Finding(above(float(height.max()), limit), told)
 
 
@@ -321,10 +312,8 @@ def _gain(curves: Curves, loss: Loss) -> fits.Gain | None:
     later, floor = loss.curve.between(0.25, 1.0), curves.series.get("floor")
     if len(later.steps) < 6 or later.steps[0] <= 0:
         return None
-    gain = fits.expected_gain(later)
-    room = np.inf if floor is None else max(loss.last - float(floor.values[-1]), 0.0)
-    ends = {"estimate": gain.estimate, "low": gain.low, "high": gain.high}
-    return gain._replace(**{name: min(value, room) for name, value in ends.items()})
+    room = math.inf if floor is None else max(loss.last - float(floor.values[-1]), 0.0)
+    return fits.expected_gain(later, most=room)
 
 
 def underfitting(curves: Curves) -> Finding | None:

@@ -70,8 +70,8 @@ def example(row: dict[str, Any], place: str) -> tuple[str, str]:
 def whole(row: dict[str, Any]) -> str | None:
     """A conversation, or what is asked and answered, as one text to pretrain on; else None.
 
-    >>> whole({"instruction": "Add", "input": "1, 2", "output": "3"})
-    'Add\n\n1, 2\n\n3'
+    >>> whole({"prompt": "2 + 2 =", "completion": " 4"})
+    '2 + 2 = 4'
     """
     if _messages(row.get("messages")):
         return _flat(row["messages"])
