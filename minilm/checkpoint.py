@@ -85,7 +85,7 @@ def restore(path: Path, like: Any, *, prefix: str = "") -> Any:
     """The saved pytree, in the structure of `like` and bit for bit as saved.
 
     Args:
-      like: JAX arrays or `jax.ShapeDtypeStruct`s, whose shardings are kept.
+      like: JAX arrays or `jax.ShapeDtypeStruct`s, whose shardings are kept; or NumPy arrays.
       prefix: restore only this part, such as "model" of a train state into a model alone.
     Raises:
       UserError: a damaged checkpoint; leaves missing, left over, or of another shape or dtype.
@@ -108,6 +108,9 @@ def restore(path: Path, like: Any, *, prefix: str = "") -> Any:
         raise UserError(problem, where=path, hint=hint)
     arrays, leaves = load_arrays(path, start), []
     for key, leaf in wanted.items():
+        if isinstance(leaf, np.ndarray):
+            leaves.append(arrays[key])
+            continue
         free = isinstance(leaf, jax.Array) and not leaf.committed
         # Copies, since a step that donates its state must not write into NumPy's memory.
         leaves.append(jax.device_put(arrays[key], None if free else leaf.sharding, may_alias=False))

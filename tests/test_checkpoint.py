@@ -240,3 +240,13 @@ def test_a_checkpoint_is_found_by_its_own_its_stages_and_its_runs_path(tmp_path)
 def test_no_checkpoint_is_a_users_error_naming_the_path(tmp_path, name):
     with pytest.raises(UserError, match=str(tmp_path)):
         checkpoint.find(tmp_path / name)
+
+
+def test_numpy_arrays_come_back_as_such(tmp_path):
+    """As one of several processes reads a checkpoint for the others: on no device."""
+    tree = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array(3, np.int32)}
+    saved = checkpoint.save(tmp_path, 1, tree, {}, keep=1)
+    found = checkpoint.restore(saved, jax.tree.map(np.zeros_like, tree))
+    assert all(isinstance(x, np.ndarray) for x in found.values())
+    np.testing.assert_array_equal(found["w"], tree["w"])
+    assert found["step"] == 3
