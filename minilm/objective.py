@@ -59,7 +59,7 @@ class Chunked(NamedTuple):
         def cut(x):
             flat = jnp.asarray(x).reshape(count, *x.shape[2:])
             room = [(0, chunks * self.size - count)] + [(0, 0)] * (flat.ndim - 1)
-            # Every so manieth position: so each device keeps its own positions in each chunk.
+            # Chunk i has positions i, i + chunks, …: each device keeps its own in each chunk.
             return jnp.pad(flat, room).reshape(self.size, chunks, *flat.shape[1:]).swapaxes(0, 1)
 
         @jax.checkpoint

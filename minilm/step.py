@@ -93,7 +93,7 @@ def make_gradients(
         if accumulation == 1:
             values, totals, grads = part_of(batch)
             return values, totals, counts, grads
-        # Every so manieth row: so each device keeps its own rows in each part.
+        # Part i has rows i, i + accumulation, …: each device keeps its own rows in each part.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
         )
