@@ -12,6 +12,7 @@ import pytest
 from minilm import cli, metrics
 from minilm.algorithms import ALGORITHMS, objective
 from minilm.config import RLHFConfig
+from minilm.terms import PENALTIES, TERMS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -144,3 +145,9 @@ def test_every_metric_that_a_run_logs_is_documented(tiny_run: Path):
 
 def test_every_documented_metric_is_logged(tiny_run: Path):
     assert sorted(documented() - logged(tiny_run)) == []
+
+
+def test_every_term_that_a_config_may_add_is_named_in_the_docs():
+    text = (ROOT / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    names = {name for rows in TERMS.values() for name in rows} | set(PENALTIES)
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
