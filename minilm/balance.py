@@ -47,8 +47,8 @@ def _gradnorm_update(state: State, losses: PerTerm, norms: PerTerm, config) -> S
 
     The paper descends Σ |G_i − mean(G) r_i^α|: where norms differ a hundredfold its steps, which
     are signs times norms, throw the weights about for ever. This has the same place of rest. A term
-    without a gradient, or whose loss is not above 0, keeps its weight and is in no mean: no weight
-    would make it pull.
+    without a gradient, which would pull at no weight, or whose loss is not above 0, so that no
+    training rate is defined, keeps its weight and is in no mean: it is not balanced.
     """
     weights, first = state["weights"], state["first"]
     alive = (norms > 1e-12) & (losses > 0)

@@ -190,9 +190,9 @@ def keep_best(folder: Path, stopped: int) -> Path:
     Killed halfway, the same call completes it.
     """
     known = {path: metadata(path) for path in sorted(folder.glob("step_*"))}
-    figures = {path: record["best"] for path, record in known.items()}
-    judged = [path for path, best in figures.items() if best is not None and not math.isnan(best)]
-    best = min(judged, key=lambda path: known[path]["best"])
+    judged = {path: record["best"] for path, record in known.items() if record["best"] is not None}
+    # Not a number is the worst, and kept where nothing else is.
+    best = min(judged, key=lambda path: math.inf if math.isnan(judged[path]) else judged[path])
     step = known[best]["step"]
     _write_metadata(best, known[best] | {"steps": step, "stopped_at": stopped})
     for path in known:

@@ -55,15 +55,15 @@ def test_gradnorm_pulls_harder_where_training_is_slow():
     assert float(slow / fast) == pytest.approx(4.0, rel=0.1)
 
 
-@pytest.mark.parametrize("lost", [0.0, -1.0])
-def test_a_term_that_does_not_pull_keeps_its_weight_and_spoils_no_others(lost):
+@pytest.mark.parametrize(("lost", "norm"), [(0.0, 0.0), (1.0, 0.0), (-1.0, 100.0), (0.0, 3.0)])
+def test_a_term_that_cannot_be_balanced_keeps_its_weight_and_spoils_no_others(lost, norm):
     """A scheduled term at weight 0, an empty one, a reward as a negative loss: with them, all the
     weight once went where no gradient was, or to NaN."""
     config = BalanceConfig(method="gradnorm", learning_rate=0.02)
     rule = balance.BALANCES["gradnorm"]
     state = rule.initial(3)
     for _ in range(300):
-        losses, norms = jnp.asarray([1.0, 2.0, lost]), jnp.asarray([1.0, 4.0, 0.0])
+        losses, norms = jnp.asarray([1.0, 2.0, lost]), jnp.asarray([1.0, 4.0, norm])
         state = rule.update(state, losses, norms, config)
     weights = np.asarray(rule.factors(state))
     assert weights[2] == 1.0

@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent, comes back bit for bit, and says so when a disk damaged it."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,17 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
     for step, best in enumerate([5.0, 1.0, 3.0, float("nan"), 4.0, 2.0], start=1):
         checkpoint.set_best(save(tmp_path, step, keep=2), best)
     assert kept(tmp_path) == [2, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("figures", "step"),
+    [([math.nan, 1.0, 2.0], 2), ([2.0, math.nan, 1.0], 3), ([math.nan, math.nan, math.nan], 1)],
+)
+def test_the_best_that_is_gone_back_to_is_a_number_where_there_is_one(tmp_path, figures, step):
+    for number, best in enumerate(figures, start=1):
+        checkpoint.set_best(save(tmp_path, number, keep=3), best)
+    assert checkpoint.metadata(checkpoint.keep_best(tmp_path, 9))["step"] == step
+    assert max(kept(tmp_path)) == step
 
 
 def test_without_best_only_the_last_are_kept(tmp_path):

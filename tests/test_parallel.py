@@ -52,7 +52,7 @@ def start() -> TrainState:
 
 
 def trained(
-    mesh, state=None, begin: int = 0, end: int = 4, accumulation: int = 1
+    mesh, state=None, begin: int = 0, end: int = 4, accumulation: int = 1, forward=forward
 ) -> tuple[TrainState, list[float]]:
     options = {"accumulation": accumulation, "ema_decay": 0.9, "log_layers": True, "mesh": mesh}
     step = make_train_step(forward, LANGUAGE, OPTIMIZE, **options)
@@ -109,7 +109,7 @@ def test_parts_of_a_batch_stay_on_their_devices(chunk, one):
         gathered.append(compiled.as_text().count(" all-gather("))
     assert gathered == [0, 0]
     assert work[1] < 0.5 * work[0]
-    _, losses = trained(mesh_of(4, 1, 1), accumulation=2)
+    _, losses = trained(mesh_of(4, 1, 1), accumulation=2, forward=forward_of(chunk))
     np.testing.assert_allclose(losses, one[1], rtol=1e-5)
 
 
