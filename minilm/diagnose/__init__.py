@@ -1,18 +1,20 @@
 """What a run's curves say: verdicts with evidence, confidence, remedy and the next command."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minilm import configfile
-from minilm.config import RewardConfig, RLHFConfig
+from minilm.config import RLHFConfig
 from minilm.diagnose import rl, verdicts
 from minilm.diagnose.curves import FEWEST, Curves, collect, load
 from minilm.diagnose.fits import best_step, should_stop
 from minilm.diagnose.frame import Evidence, Finding, Verdict
 from minilm.diagnose.remedies import REMEDIES
 from minilm.errors import UserError
+from minilm.pipeline import STAGES
 
 __all__ = [
     "ALARMS", "HEALTHY", "Evidence", "Verdict", "alarms", "best_step", "diagnose",
@@ -106,29 +108,26 @@ def _verdict(name: str, found: Finding, curves: Curves, stage: str, config: str)
         best = best_step(measured.steps, sign * measured.values)
     known = stage if stage in ("pretrain", "sft", "reward", "rlhf") else "pretrain"
     settings = _settings(config, known)
-    epochs = settings.epochs if isinstance(settings, RewardConfig) else 1
     kl_coef = settings.kl_coef if isinstance(settings, RLHFConfig) else 0.0
-    best, twice = f"{max(best, 1):.0f}", f"{2 * curves.last_step:.0f}"
+    end = max(curves.last_step, 1.0)
     words = {
         "stage": known,
         "config": config,
         "run": str(Path(config).parent) if config != "CONFIG" else "RUN",
-        "best_step": best,
-        # The reward model's length is told in passes over its pairs.
-        "to_best": "--reward.epochs 1" if known == "reward" else f"--{known}.steps {best}",
-        "twice": f"--reward.epochs {2 * epochs}"
-        if known == "reward"
-        else f"--{known}.steps {twice}",
+        "best_step": f"{max(best, 1):.0f}",
+        "to_best": _length(known, settings, best, end),
+        "twice": _length(known, settings, 2 * end, end),
         "kl_coef": f"{max(3 * kl_coef, 0.1):.2g}",
     }
     command = remedy.command
     if command.startswith("minilm lr-range") and known != "pretrain":  # which alone it trains
         change = 3.0 if name in ("learning_rate_too_low", "plateau") else 0.3
-        rate = change * (settings.optimizer.learning_rate if settings else 1e-3)
-        command = (
-            f"minilm run {{config}} --redo {{stage}} --{known}.optimizer.learning-rate {rate:.2g}"
-        )
+        command = f"minilm run {{config}} --redo {{stage}} {_rate(known, settings, change)}"
     command = command.format_map(words)
+    # What is remade begins with the first stage that an option is for.
+    changed = set(re.findall(r" --(\w+)\.", command))
+    first = next((row.name for row in STAGES if changed & {*row.sections}), known)
+    command = re.sub(r"--redo \w+", f"--redo {first}", command)
     if config != "CONFIG" and command.startswith("minilm run "):
         command += f" --out {words['run']}"  # else a new folder would be named after config.toml
     return Verdict(name, found.confidence, found.evidence, remedy.text, command, stage)
@@ -140,6 +139,23 @@ def _settings(config: str, stage: str) -> Any:
         return dict(configfile.load(config))[stage]
     except UserError:
         return None
+
+
+def _length(stage: str, settings: Any, step: float, end: float) -> str:
+    """The option that ends a stage of `end` steps at `step`; of one that is told in passes over its
+    data and cannot be shorter, a lower rate."""
+    if stage in ("pretrain", "rlhf"):
+        return f"--{stage}.steps {max(step, 1):.0f}"
+    epochs = settings.epochs if settings else 1
+    wanted = max(round(epochs * step / end), 1)
+    if wanted == epochs:
+        return _rate(stage, settings, 0.3)
+    return f"--{stage}.epochs {wanted}"
+
+
+def _rate(stage: str, settings: Any, change: float) -> str:
+    rate = change * (settings.optimizer.learning_rate if settings else 1e-3)
+    return f"--{stage}.optimizer.learning-rate {rate:.2g}"
 
 
 def _json(found: Sequence[Verdict]) -> str:
