@@ -97,6 +97,10 @@ class ModelConfig(Section):
     mlp_dim: Positive = 352
     rope_base: Rate = 1000.0  # short contexts: the 10 000 of the literature wastes channels
     tie_embeddings: bool = True
+    # How it is computed, not what: "auto" is cuDNN's attention where a GPU can do it, else "plain".
+    attention: Literal["auto", "plain", "xla", "cudnn"] = "auto"
+    remat: bool = False  # activations are computed again in the backward pass, not kept
+    scan_layers: bool = False  # one layer compiled for all: compiles faster, steps slower on CPU
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":

@@ -114,7 +114,10 @@ def activation_bytes(model: ModelConfig, vocab: int, length: int, tokens: int) -
     per_layer = 6 * model.embed_dim
     per_layer += 4 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     per_layer += 2 * model.num_heads * length + 4 * model.mlp_dim
-    return 4 * tokens * (model.num_layers * per_layer + 3 * vocab)
+    kept = per_layer * model.num_layers
+    if model.remat:  # every layer's input, and one layer at a time
+        kept = model.embed_dim * model.num_layers + per_layer
+    return 4 * tokens * (kept + 3 * vocab)
 
 
 def _mib(size: int) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from minilm.attention import attend, attend_cache
 from minilm.config import ModelConfig
 from minilm.errors import UserError
 
@@ -184,24 +185,50 @@ def _run(model: Transformer, tokens, positions, mask, cache: Cache | None = None
     Residuals are [R, D] with R = BT: for products of three dimensions XLA's CPU backend transposes
     in the backward pass.
     """
+    config, shape = model.config, tokens.shape
     x = model.embed_tokens[...].astype(model.compute_dtype)[tokens.reshape(-1)]
-    rotary = _rotary(positions, model.config)
-    keys, values = [], []
-    for i, layer in enumerate(model.layers):
-        q, k, v = _project(layer, x, tokens.shape, rotary, model.config)
-        if cache is None:
-            out = _attend(q, k, v, mask)
-        else:
-            write = jax.lax.dynamic_update_slice_in_dim
-            k = write(cache.keys[i], k.transpose(0, 2, 3, 1), index, axis=3)
-            v = write(cache.values[i], v.swapaxes(1, 2), index, axis=2)
-            out = _attend_cache(q, k, v, mask)
-        x = x + out.reshape(len(x), -1) @ layer.self_attn.o_proj[...].astype(x.dtype)
-        x = x + _mlp(layer, x)
-        keys.append(k)
-        values.append(v)
-    hidden = rms_norm(x, model.norm[...]).reshape(*tokens.shape, -1)
-    return hidden, tuple(keys), tuple(values)
+    rotary = _rotary(positions, config)
+
+    def whole(x, layer: Block):
+        q, k, v = _project(layer, x, shape, rotary, config)
+        return _feed(layer, x, attend(q, k, v, mask, config.attention)), (k, v)
+
+    def one(x, layer: Block, keys, values):
+        q, k, v = _project(layer, x, shape, rotary, config)
+        write = jax.lax.dynamic_update_slice_in_dim
+        k = write(keys, k.transpose(0, 2, 3, 1), index, axis=3)
+        v = write(values, v.swapaxes(1, 2), index, axis=2)
+        return _feed(layer, x, attend_cache(q, k, v, mask)), (k, v)
+
+    if cache is not None:
+        kept = []
+        for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
+            x, both = one(x, layer, keys, values)
+            kept.append(both)
+    else:
+        block = jax.checkpoint(whole) if config.remat else whole
+        x, kept = _through(block, x, list(model.layers), config.scan_layers)
+    keys, values = zip(*kept, strict=True)
+    return rms_norm(x, model.norm[...]).reshape(*shape, -1), keys, values
+
+
+def _through(block, x, layers: Sequence[Block], scan: bool):
+    """The residuals after all layers, and what each gives beside them."""
+    if scan:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        x, kept = jax.lax.scan(block, x, stacked)
+        return x, [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(len(layers))]
+    kept = []
+    for layer in layers:
+        x, given = block(x, layer)
+        kept.append(given)
+    return x, kept
+
+
+def _feed(layer: Block, x: Float[Array, "R D"], attended: Float[Array, "B T NH"]):
+    """Residuals after a layer, given what its attention read."""
+    x = x + attended.reshape(len(x), -1) @ layer.self_attn.o_proj[...].astype(x.dtype)
+    return x + _mlp(layer, x)
 
 
 def _project(layer: Block, x: Float[Array, "R D"], shape, rotary, config: ModelConfig):
@@ -215,58 +242,6 @@ def _project(layer: Block, x: Float[Array, "R D"], shape, rotary, config: ModelC
     q, k, v = jnp.split(qkv, [n, n + kv], axis=2)
     q = _rotate(rms_norm(q, attn.q_norm[...]), rotary)
     return q, _rotate(rms_norm(k, attn.k_norm[...]), rotary), v
-
-
-def _attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v, mask):
-    """Softmax attention [B, T, NH], a key head serving N / K query heads; softmax in float32."""
-    batch, length, n, h = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, h).transpose(0, 2, 3, 1, 4)
-    out = _attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, n * h)
-
-
-@jax.custom_vjp
-def _attention(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v, mask):
-    """With its gradient by hand, which keeps the layouts: differentiated by JAX, XLA's CPU backend
-    transposes what each product reads, and the oneDNN path takes 1.3 times as long."""
-    return _attention_forward(q, k, v, mask)[0]
-
-
-def _attention_forward(q, k, v, mask):
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    weights = _softmax(scores, mask[:, None, None], q.shape[-1]).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
-    return out, (q, k, v, weights, out)
-
-
-def _attention_backward(kept, d_out):
-    """Dao et al. (2022), arXiv:2205.14135, App. B.2: out · d_out is Σ weights · d_weights."""
-    q, k, v, weights, out = kept
-    d_v = jnp.einsum("BKGTS,BKGTH->BKSH", weights, d_out)
-    d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_out, v, preferred_element_type=jnp.float32)
-    wide = d_out.astype(jnp.float32) * out.astype(jnp.float32)
-    d_scores = weights.astype(jnp.float32) * (d_weights - jnp.sum(wide, axis=-1, keepdims=True))
-    d_scores = (d_scores * q.shape[-1] ** -0.5).astype(q.dtype)
-    d_q = jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k)
-    d_k = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q)
-    return d_q, d_k, d_v, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _attend_cache(q: Float[Array, "B 1 N H"], keys: Float[Array, "B K H S"], values, mask):
-    """The same for one query a row, as products summed over the cache's middle axis."""
-    batch, _, n, h = q.shape
-    wide = q.reshape(batch, keys.shape[1], -1, h, 1).astype(jnp.float32)
-    scores = jnp.sum(wide * keys[:, :, None].astype(jnp.float32), axis=3)  # [B, K, G, S]
-    weights = _softmax(scores, mask[:, None], h)
-    out = jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=3)
-    return out.reshape(batch, 1, n * h).astype(q.dtype)
-
-
-def _softmax(scores, mask, width: int) -> Array:
-    return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, -1e30), axis=-1)
 
 
 def _mlp(layer: Block, x: Float[Array, "R D"]) -> Float[Array, "R D"]:

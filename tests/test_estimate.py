@@ -68,9 +68,10 @@ def test_pairs_from_a_file_need_no_sampling():
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.0), ("bfloat16", BFLOAT16)])
 @pytest.mark.parametrize("length", [64, 192])
-def test_memory_of_a_step_is_what_xla_sets_aside_for_it(dtype, factor, length):
-    model = ModelConfig(num_layers=3, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16,
-                        mlp_dim=176)  # fmt: skip
+@pytest.mark.parametrize("remat", [False, True])
+def test_memory_of_a_step_is_what_xla_sets_aside_for_it(dtype, factor, length, remat):
+    layers = {"num_layers": 6 if remat else 3, "remat": remat}
+    model = ModelConfig(embed_dim=64, num_kv_heads=2, head_dim=16, mlp_dim=176, **layers)
     optimizer = make_optimizer(OptimizerConfig(), 10)
 
     def start():

@@ -13,6 +13,7 @@ from flax import nnx
 
 from minilm import backend, checkpoint, cli
 from minilm.algorithms import ALGORITHMS, objective
+from minilm.attention import attend, chosen
 from minilm.config import BackendConfig, ModelConfig, OptimizerConfig, RLHFConfig
 from minilm.generate import generate
 from minilm.model import Transformer
@@ -126,6 +127,17 @@ def test_the_whole_pipeline_runs_and_says_on_what(tiny, tmp_path):
     assert summary["environment"]["platform"] == "gpu"
     assert set(summary) >= {"pretrain", "preferences", "reward", "rlhf"}
     assert checkpoint.find(tmp_path / "run" / "rlhf").exists()
+
+
+def test_cudnn_attention_is_taken_in_bfloat16_and_trains_as_the_plain_one_does():
+    assert chosen("float32", SHAPE.head_dim) == "plain"
+    if float(jax.devices()[0].compute_capability) >= 8:
+        assert chosen("bfloat16", SHAPE.head_dim) == "cudnn"
+    rng = jax.random.key(0)
+    q, k, v = (x.astype(jnp.bfloat16) for x in jax.random.normal(rng, (3, 2, 64, 4, 16)))
+    mask = jnp.tril(jnp.ones((64, 64), bool))[None]
+    plain, found = (attend(q, k, v, mask, kind) for kind in ("plain", "auto"))
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, plain)), atol=3e-2)
 
 
 def test_the_backend_is_configured_on_a_gpu_without_flags_for_cpus(monkeypatch):

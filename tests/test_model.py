@@ -300,3 +300,37 @@ def test_the_lowest_layers_are_the_models_own_and_the_model_stays():
     assert low.score is not None
     with pytest.raises(UserError, match="fewer layers"):
         m.lowest_layers(model, 3)
+
+
+BOTH = {"remat": True, "scan_layers": True}
+
+
+@pytest.mark.parametrize(
+    "how", [{"remat": True}, {"scan_layers": True}, BOTH, {"attention": "xla"}]
+)
+def test_how_a_model_is_computed_changes_neither_losses_nor_gradients(how):
+    model, other = random_model(), random_model(CONFIG.model_copy(update=how))
+    rng = np.random.default_rng(5)
+    tokens = jnp.asarray(rng.integers(0, VOCAB, (2, 9)), jnp.int32)
+    segments = jnp.asarray([[0] * 9, [0] * 4 + [1] * 5], jnp.int32)
+    weights = jnp.asarray(rng.normal(size=(2, 9, VOCAB)), jnp.float32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(model):
+        return jnp.sum(m.logits(model, m.hidden_states(model, tokens, segments)) * weights)
+
+    (plain, d_plain), (found, d_found) = loss(model), loss(other)
+    np.testing.assert_allclose(found, plain, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(d_plain), jax.tree.leaves(d_found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_cache_from_scanned_layers_is_that_of_layers_in_turn(scan):
+    model = random_model(CONFIG.model_copy(update={"scan_layers": scan}))
+    plain = random_model()
+    tokens = jnp.asarray(np.random.default_rng(6).integers(1, VOCAB, (2, 4)), jnp.int32)
+    found, told = (m.prefill(x, tokens, tokens > 0, 7) for x in (model, plain))
+    for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
