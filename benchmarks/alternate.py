@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minilm import backend
+from minilm import backend, memory
 from minilm.config import Config
 
 
@@ -167,8 +167,13 @@ class _Child:
     def __init__(self, stack: contextlib.ExitStack, words: Sequence[str], variant: Variant):
         self._process = subprocess.Popen(
             [sys.executable, *words, "--child", variant.dtype],
-            # A cached program would make the compile time a lie.
-            env={**os.environ, "XLA_FLAGS": variant.flags, "JAX_ENABLE_COMPILATION_CACHE": "0"},
+            # A cached program would make the compile time a lie. Pages as a run has them.
+            env={
+                **os.environ,
+                **memory.environment(),
+                "XLA_FLAGS": variant.flags,
+                "JAX_ENABLE_COMPILATION_CACHE": "0",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from minilm import memory
 from minilm.errors import UserError, nearest
 
 
@@ -16,9 +17,17 @@ class Command(NamedTuple):
     help: str
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def command_line(*first: str) -> int:
+    """What a shell calls: `main` with its words after `first`, in a process with large pages."""
+    words = [*first, *sys.argv[1:]]
+    if words and words[0] in COMMANDS and not {"-h", "--help"} & set(words):
+        memory.restart()
+    return main(words)
+
+
+def main(words: Sequence[str]) -> int:
     """Runs one command; returns the exit code: 2 for a user's mistake, 130 when interrupted."""
-    words = list(sys.argv[1:] if words is None else words)
+    words = list(words)
     code = 0
     try:
         if not words or words[0] in ("-h", "--help", "help"):

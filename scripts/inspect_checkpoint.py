@@ -2,6 +2,6 @@
 
 import sys
 
-from minilm.cli import main
+from minilm.cli import command_line
 
-sys.exit(main(["inspect", *sys.argv[1:]]))
+sys.exit(command_line("inspect"))

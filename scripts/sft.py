@@ -2,6 +2,6 @@
 
 import sys
 
-from minilm.cli import main
+from minilm.cli import command_line
 
-sys.exit(main(["sft", *sys.argv[1:]]))
+sys.exit(command_line("sft"))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: programs that nobody optimised are made in half the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("GLIBC_TUNABLES", "")  # a fork of forkserver.py must not start again
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # for test_parallel.py; all else takes the first
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
