@@ -169,6 +169,10 @@ class PretrainConfig(SupervisedConfig):
     """Next-token cross-entropy on the corpus."""
 
     steps: Positive = 1500
+    # Rows of the first batches, which double at even intervals until, after batch_warmup_steps,
+    # they are batch_size: linear in tokens, as Brown et al. (2020), App. B. None: one size.
+    batch_start: Positive | None = None
+    batch_warmup_steps: Natural = 0
     sequence_length: Annotated[int, Field(ge=8)] = 256
     document_attention: bool = True  # False: a token also sees the documents before its own
     # Positions whose logits are in memory at once; 0: all. Costs the head's product once more, and
@@ -179,6 +183,26 @@ class PretrainConfig(SupervisedConfig):
     patience: Natural = 0
     sample_count: Positive = 512  # stories sampled at the end for the parse share
     max_new_tokens: Positive = 160  # of a sample
+
+    @model_validator(mode="after")
+    def _grows(self) -> "PretrainConfig":
+        start, full, steps = self.batch_start, self.batch_size, self.batch_warmup_steps
+        if (start is None) != (steps == 0):
+            raise ValueError("batch_start and batch_warmup_steps belong together: rows and steps")
+        if start is None:
+            return self
+        times, rest = divmod(full, start)
+        if rest or times < 2 or times & (times - 1):
+            problem = f"batch_size ({full}) must be batch_start ({start}) times 2, 4, 8, …: "
+            raise ValueError(problem + "each size is compiled once, so the batch doubles")
+        if start % self.accumulation:
+            problem = f"batch_start ({start}) must be a multiple of accumulation"
+            raise ValueError(f"{problem} ({self.accumulation})")
+        least = times.bit_length() - 1  # doublings
+        if not least <= steps < self.steps:
+            problem = f"batch_warmup_steps ({steps}) must be at least {least}, a step for each size"
+            raise ValueError(f"{problem} before the last, and below steps ({self.steps})")
+        return self
 
 
 class SFTConfig(SupervisedConfig):

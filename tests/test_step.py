@@ -18,6 +18,7 @@ from toy import (
 )
 
 from minilm.step import init_state, make_train_step
+from minilm.text.batches import Batches, Growth
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
@@ -119,3 +120,13 @@ def test_the_average_of_the_weights_follows_them_and_a_bad_update_leaves_it():
     for name, array in arrays(state.averaged).items():
         np.testing.assert_array_equal(array, average[name], err_msg=name)
     assert float(found["update_ratio/layers.0"].value) == 0
+
+
+def test_a_growing_batch_is_compiled_once_a_size():
+    rows = 2 + (np.arange(6)[:, None] + np.arange(13)) % 9
+    batches = Batches(rows, batch_size=Growth(1, 4, 5), seed=0)
+    state, step = fresh(), make_train_step(forward, LANGUAGE, OPTIMIZE)
+    for k in range(10):
+        state, found = step(state, batches[k])
+        assert float(found["cross_entropy"].count) == 12 * [1, 1, 1, 2, 2, 4, 4, 4, 4, 4][k]
+    assert step._cache_size() == 3
