@@ -192,9 +192,8 @@ class PretrainConfig(SupervisedConfig):
         if start is None:
             return self
         times, rest = divmod(full, start)
-        if rest or times < 2 or times & (times - 1):
-            problem = f"batch_size ({full}) must be batch_start ({start}) times 2, 4, 8, …: "
-            raise ValueError(problem + "each size is compiled once, so the batch doubles")
+        if rest or times < 2 or times & (times - 1):  # each size is compiled: doublings are few
+            raise ValueError(f"batch_size ({full}) must be batch_start ({start}) times 2, 4, 8, …")
         if start % self.accumulation:
             problem = f"batch_start ({start}) must be a multiple of accumulation"
             raise ValueError(f"{problem} ({self.accumulation})")
@@ -296,6 +295,11 @@ class RLHFConfig(LoopConfig):
     # Token rewards divided by their spread, their mean kept: Huang et al. (2024), arXiv:2403.17031,
     # detail 21 (TRL's `whiten_rewards`).
     whiten_rewards: bool = False
+    # Next-token loss on ptx_rows pretraining rows an update: Ouyang et al. (2022), eq. 2. A weight
+    # of 1 drowned the reward: take 0.05; its gradient is at most ptx_clip times the rest's.
+    ptx_coef: NonNegative = 0.0
+    ptx_rows: Positive = 8
+    ptx_clip: Annotated[float, Field(gt=0, le=1)] = 0.5
     value_warmup_steps: Natural = 0  # steps that train the value alone; shared layers move too
     clip: Rate = 0.2
     clip_high: Rate = 0.28  # how far "dapo" lets a token become likelier
@@ -315,6 +319,9 @@ class RLHFConfig(LoopConfig):
             problem = f"the {size} completions of a step (prompts_per_step x group_size) do not "
             problem += f"split into {self.minibatches} minibatches of {self.accumulation} parts"
             raise ValueError(f"{problem} (minibatches, accumulation)")
+        if self.ptx_coef and self.ptx_rows % self.accumulation:
+            problem = f"ptx_rows ({self.ptx_rows}) must be a multiple of accumulation"
+            raise ValueError(f"{problem} ({self.accumulation})")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target moves kl_coef by factors, so it must begin above 0")
         return self

@@ -63,7 +63,8 @@ def minutes(stage: str, config: Config, environment: dict) -> float:
         "sft": _sft_tokens(config),
         "reward": prompts.preferences * sampler.completions * config.reward.epochs * sequence,
         # An update, and two forward passes (reference, reward) at a third of its cost each.
-        "rlhf": rl.steps * completions * sequence * (rl.epochs + 2 / 3),
+        "rlhf": rl.steps * completions * sequence * (rl.epochs + 2 / 3)
+        + rl.steps * rl.epochs * rl.minibatches * rl.ptx_rows * length * bool(rl.ptx_coef),
     }[stage]
     decoded = sampled * prompts.max_new_tokens * train / 3
     efficiency = TRAIN_EFFICIENCY if stage == "pretrain" else TUNE_EFFICIENCY

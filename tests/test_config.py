@@ -33,6 +33,9 @@ def test_a_section_says_what_it_is(section):
         (ModelConfig, {"layers": 0}),
         (ModelConfig, {"layers": 2.0}),
         (RLHFConfig, {"temperature": 0.0}),
+        (RLHFConfig, {"ptx_coef": -0.1}),
+        (RLHFConfig, {"ptx_clip": 1.5}),
+        (RLHFConfig, {"ptx_coef": 0.05, "ptx_rows": 3, "accumulation": 2}),
         (Config, {"seed": -1}),
     ],
 )

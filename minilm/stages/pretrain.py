@@ -21,7 +21,7 @@ from minilm.stages.evaluate import language_report, parse_report, sample, texts_
 from minilm.stages.workspace import Workspace
 from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
-from minilm.text.batches import Batch, Batches, batch_across, batch_of, growth_of, tokenize
+from minilm.text.batches import Batch, Batches, Growth, batch_across, batch_of, growth_of, tokenize
 from minilm.text.corpora import Document, Split, split
 from minilm.text.fables import charges
 from minilm.text.overlap import copied_shares
@@ -137,13 +137,24 @@ def pretrain(ws: Workspace) -> dict:
     return _report(parallel.whole(state.averaged), ws, documents, record, key)
 
 
-def training_batches(ws: Workspace, documents: list[Document]) -> Batches:
-    """What is trained on, step by step."""
+def training_batches(
+    ws: Workspace,
+    documents: list[Document],
+    size: int | Growth | None = None,
+    order: int | None = None,
+) -> Batches:
+    """What is trained on, step by step.
+
+    Args:
+      size: rows of a batch; None: the config's.
+      order: seed of the rows' order; None: the run's. Which rows there are does not depend on it.
+    """
     config, seed = ws.config.pretrain, ws.config.seed
     length, cache = config.sequence_length, ws.out / "cache"
     rows = tokenize(documents, ws.tokenizer, length, cache=cache, seed=seed)
     make = batch_of if config.document_attention else batch_across
-    return Batches(rows, batch_size=growth_of(config), seed=seed, make=make)
+    size, order = growth_of(config) if size is None else size, seed if order is None else order
+    return Batches(rows, batch_size=size, seed=order, make=make)
 
 
 def _tell_corpus(documents: Split, batches: Batches, folder: Path) -> None:
