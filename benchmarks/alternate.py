@@ -205,8 +205,8 @@ def serve(prepared: Prepared, dtype: str, seconds: float) -> None:
     print(json.dumps(prepared.facts), flush=True)
     for _ in sys.stdin:
         turn = {
-            "seconds": _median(prepared.once, seconds),
-            "peak_gflops": peak.facts["gflop"] / _median(peak.once, seconds / 3),
+            "seconds": median_seconds(prepared.once, seconds),
+            "peak_gflops": peak.facts["gflop"] / median_seconds(peak.once, seconds / 3),
             "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         print(json.dumps(turn), flush=True)
@@ -223,7 +223,7 @@ def matrix_product(dtype: str) -> Prepared:
     return Prepared(lambda: jax.block_until_ready(product(x, x)), {"gflop": 2 * size**3 / 1e9})
 
 
-def _median(once: Callable[[], None], seconds: float) -> float:
+def median_seconds(once: Callable[[], None], seconds: float) -> float:
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
         start = time.perf_counter()

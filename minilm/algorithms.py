@@ -26,8 +26,11 @@ from minilm.losses.policy import (
 )
 from minilm.objective import Objective, Term, Weight
 from minilm.rollout import Outputs, Rollout
+from minilm.terms import OVER
+from minilm.text.batches import Batch
 
 PerToken = Float[Array, "B R"]
+PTX = "loss/ptx"  # next-token loss on pretraining rows, whatever the algorithm
 
 
 class Algorithm(NamedTuple):
@@ -55,6 +58,7 @@ class PolicyBatch(NamedTuple):
     old_values: PerToken | None
     returns: PerToken | None
     kl_scale: Float[Array, "B"]  # the KL coefficient now, as a multiple of the config's
+    ptx: Batch | None = None  # rows of the pretraining text, where `rlhf.ptx_coef` asks for them
 
 
 def token_rewards(
@@ -170,7 +174,11 @@ def _after(updates: int, name: str, weight: float) -> Weight:
 
 
 def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
-    """The algorithm's terms with their weights, and TRL's diagnostics as terms of weight 0."""
+    """The algorithm's terms with their weights, and TRL's diagnostics as terms of weight 0.
+
+    With `ptx_coef` also `loss/ptx`, −log p of the pretraining rows in the batch: PPO-ptx of Ouyang
+    et al. (2022), arXiv:2203.02155, eq. 2.
+    """
 
     def over_tokens(batch: PolicyBatch):
         return batch.mask.astype(jnp.float32)
@@ -215,6 +223,9 @@ def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
     weights = {n: dials[w] if isinstance(w, str) else w for n, w in algorithm.terms.items()}
     first = config.value_warmup_steps * config.epochs * config.minibatches
     trained = [Term(f"loss/{n}", _after(first, n, w), values[n], over) for n, w in weights.items()]
+    if config.ptx_coef:
+        weight = _after(first, "ptx", config.ptx_coef)
+        trained.append(Term(PTX, weight, lambda o, b: o.ptx, OVER["ptx"]))
     watched: dict[str, Callable[[Outputs, PolicyBatch], Array]] = {
         "policy/entropy_avg": lambda o, b: o.entropy,
         "policy/approxkl_avg": lambda o, b: approx_kl(o.logprobs, b.old_logprobs),

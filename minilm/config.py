@@ -173,6 +173,10 @@ class PretrainConfig(SupervisedConfig):
     """Next-token cross-entropy on the corpus."""
 
     steps: Positive = 1500
+    # Rows of the first batches, which double at even intervals until, after batch_warmup_steps,
+    # they are batch_size: linear in tokens, as Brown et al. (2020), App. B. None: one size.
+    batch_start: Positive | None = None
+    batch_warmup_steps: Natural = 0
     sequence_length: Annotated[int, Field(ge=8)] = 256
     document_attention: bool = True  # False: a token also sees the documents before its own
     # Positions whose logits are in memory at once; 0: all. Costs the head's product once more, and
@@ -183,6 +187,25 @@ class PretrainConfig(SupervisedConfig):
     patience: Natural = 0
     sample_count: Positive = 512  # stories sampled at the end for the parse share
     max_new_tokens: Positive = 160  # of a sample
+
+    @model_validator(mode="after")
+    def _grows(self) -> "PretrainConfig":
+        start, full, steps = self.batch_start, self.batch_size, self.batch_warmup_steps
+        if (start is None) != (steps == 0):
+            raise ValueError("batch_start and batch_warmup_steps belong together: rows and steps")
+        if start is None:
+            return self
+        times, rest = divmod(full, start)
+        if rest or times < 2 or times & (times - 1):  # each size is compiled: doublings are few
+            raise ValueError(f"batch_size ({full}) must be batch_start ({start}) times 2, 4, 8, …")
+        if start % self.accumulation:
+            problem = f"batch_start ({start}) must be a multiple of accumulation"
+            raise ValueError(f"{problem} ({self.accumulation})")
+        least = times.bit_length() - 1  # doublings
+        if not least <= steps < self.steps:
+            problem = f"batch_warmup_steps ({steps}) must be at least {least}, a step for each size"
+            raise ValueError(f"{problem} before the last, and below steps ({self.steps})")
+        return self
 
 
 class SFTConfig(SupervisedConfig):
@@ -276,6 +299,11 @@ class RLHFConfig(LoopConfig):
     # Token rewards divided by their spread, their mean kept: Huang et al. (2024), arXiv:2403.17031,
     # detail 21 (TRL's `whiten_rewards`).
     whiten_rewards: bool = False
+    # Next-token loss on ptx_rows pretraining rows an update: Ouyang et al. (2022), eq. 2. A weight
+    # of 1 drowned the reward: take 0.05; its gradient is at most ptx_clip times the rest's.
+    ptx_coef: NonNegative = 0.0
+    ptx_rows: Positive = 8
+    ptx_clip: Annotated[float, Field(gt=0, le=1)] = 0.5
     value_warmup_steps: Natural = 0  # steps that train the value alone; shared layers move too
     clip: Rate = 0.2
     clip_high: Rate = 0.28  # how far "dapo" lets a token become likelier
@@ -295,6 +323,9 @@ class RLHFConfig(LoopConfig):
             problem = f"the {size} completions of a step (prompts_per_step x group_size) do not "
             problem += f"split into {self.minibatches} minibatches of {self.accumulation} parts"
             raise ValueError(f"{problem} (minibatches, accumulation)")
+        if self.ptx_coef and self.ptx_rows % self.accumulation:
+            problem = f"ptx_rows ({self.ptx_rows}) must be a multiple of accumulation"
+            raise ValueError(f"{problem} ({self.accumulation})")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target moves kl_coef by factors, so it must begin above 0")
         return self

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from minilm.config import Config, ModelConfig
 from minilm.model import Transformer, flops_per_token, parameter_count
 from minilm.optim import make_optimizer
+from minilm.text.batches import growth_of
 from minilm.text.tokenizer import BYTES, train_tokenizer
 
 # Shares of the measured matrix-product rate that each kind of work reached on two cores
@@ -57,12 +58,13 @@ def minutes(stage: str, config: Config, environment: dict) -> float:
         + (prompts.development + prompts.evaluation) * rl.references,
     }[stage]
     trained = {
-        "pretrain": config.pretrain.steps * config.pretrain.batch_size * length,
+        "pretrain": growth_of(config.pretrain).before(config.pretrain.steps) * length,
         "preferences": 0,
         "sft": _sft_tokens(config),
         "reward": prompts.preferences * sampler.completions * config.reward.epochs * sequence,
         # An update, and two forward passes (reference, reward) at a third of its cost each.
-        "rlhf": rl.steps * completions * sequence * (rl.epochs + 2 / 3),
+        "rlhf": rl.steps * completions * sequence * (rl.epochs + 2 / 3)
+        + rl.steps * rl.epochs * rl.minibatches * rl.ptx_rows * length * bool(rl.ptx_coef),
     }[stage]
     decoded = sampled * prompts.max_new_tokens * train / 3
     efficiency = TRAIN_EFFICIENCY if stage == "pretrain" else TUNE_EFFICIENCY
@@ -80,6 +82,7 @@ def model_command(config: Config) -> None:
     """`minilm model CONFIG`: parameters, FLOPs a token and memory of a training step."""
     length, batch = config.pretrain.sequence_length, config.pretrain.batch_size
     tokens = batch * length // config.pretrain.accumulation
+    trained = growth_of(config.pretrain).before(config.pretrain.steps) * length
     shape, optimizer = model_shape(config), make_optimizer(config.pretrain.optimizer, 1)
     count = parameter_count(shape)
     moments = sum(x.size for x in jax.tree.leaves(jax.eval_shape(optimizer.init, shape)))
@@ -92,7 +95,7 @@ def model_command(config: Config) -> None:
         ("  of these embeddings", f"{vocab * m.embed_dim * (2 - m.tie_embeddings):,}"),
         ("FLOPs per token, forward and backward", f"{flops:,}"),
         ("tokens a step", f"{batch * length:,}"),
-        ("FLOPs of the pretraining", f"{flops * batch * length * config.pretrain.steps:.3g}"),
+        ("FLOPs of the pretraining", f"{flops * trained:.3g}"),
         ("memory: parameters, float32", _mib(4 * count)),
         ("memory: optimizer and gradient", _mib(4 * (moments + count))),
         ("memory: activations of a step, float32, about", _mib(activations)),

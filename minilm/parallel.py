@@ -123,11 +123,11 @@ def read(mesh: Mesh | None, batches: Any, step: int) -> Any:
     """Batch `step`, of which this process makes the rows of its own devices alone.
 
     Args:
-      batches: has `batch_size` and `part(step, start, stop)`, as `minilm.text.batches.Batches`.
+      batches: has `size(step)` and `part(step, start, stop)`, as `minilm.text.batches.Batches`.
     """
     if mesh is None:
         return batches[step]
-    rows, size = NamedSharding(mesh, ROWS), batches.batch_size
+    rows, size = NamedSharding(mesh, ROWS), batches.size(step)
     own = {_span(at, size) for at in rows.addressable_devices_indices_map((size,)).values()}
     parts = {span: batches.part(step, *span) for span in own}
 

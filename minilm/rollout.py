@@ -29,6 +29,7 @@ class Outputs(NamedTuple):
     logprobs: Float[Array, "B R"]
     entropy: Float[Array, "B R"]
     values: Float[Array, "B R"] | None
+    ptx: Float[Array, "P S"] | None = None  # nats of each target of the pretraining rows, if any
 
 
 def completion_outputs(

@@ -1,7 +1,8 @@
 """One optimizer step as a function: state and batch to state and metrics, jitted and donated."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import jax
@@ -118,6 +119,7 @@ def make_train_step(
     balancing: BalanceConfig = BalanceConfig(),  # noqa: B008  frozen
     ema_decay: float = 0.0,
     log_layers: bool = False,
+    apart: Mapping[str, float] = MappingProxyType({}),
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Mean]]]:
     """One optimizer step as a jitted function that donates the state.
@@ -128,13 +130,23 @@ def make_train_step(
       balancing: a rule that adapts the terms' weights; its state is the one `init_state` made.
       ema_decay: of the average that `init_state` began, if not 0: see `moving_average`.
       log_layers: whether metrics hold the gradient's and the update's size, layer by layer.
+      apart: trained terms whose gradients are taken by themselves, each clipped to so many times
+        the length of the others' together; at most 1, and a step never points against those. Not
+        with a `balancing` rule that reads norms.
       mesh: that the state lies on: see `minilm.parallel`.
     Returns:
       (state, batch) -> (state, metrics). A non-finite gradient changes nothing but the counters
-      `skipped`; metrics hold every term, `loss`, `grad_norm`, `skipped_in_a_row`, and
-      `weight/TERM` where a weight moves.
+      `skipped`; metrics hold every term, `loss`, `grad_norm`, `skipped_in_a_row`, `weight/TERM`
+      where a weight moves, and `kept/TERM`, what clipping left of a gradient taken apart.
+    Raises:
+      ValueError: `apart` names what is not trained, or all that is, or comes with such a rule.
     """
+    names = list(objective.trained)
+    if apart and not set(apart) < set(names):
+        raise ValueError(f"apart: {', '.join(apart)}, of the trained terms {', '.join(names)}")
     gradients, rule = make_gradients(forward, objective, accumulation), balance_of(balancing)
+    if apart and rule.needs_norms:
+        raise ValueError("a rule that reads each term's gradient does not go with `apart`")
     moving = balancing.method != "none" or any(map(callable, objective.trained.values()))
 
     def step(state: TrainState, batch):
@@ -143,7 +155,15 @@ def make_train_step(
         directions = weights[None]
         if rule.needs_norms:  # then each term's own gradient too
             directions = jnp.concatenate([directions, jnp.diag(objective.weights(state.step))])
+        if apart:  # the others' gradient first, then one for each of these
+            own = jnp.asarray([[n == name for n in names] for name in apart], jnp.float32)
+            others = 1 - jnp.sum(own, axis=0, keepdims=True)
+            directions = weights[None] * jnp.concatenate([others, own])
         losses, totals, counts, (grads, *each) = gradients(state.model, batch, directions)
+        kept_shares = {}
+        if apart:
+            grads, kept_shares = _joined(grads, dict(zip(apart, each, strict=True)), apart)
+            each = []
         value, norm = jnp.sum(weights * losses), global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         kept = {AVERAGE: state.extra[AVERAGE]} if ema_decay else {}
@@ -182,6 +202,7 @@ def make_train_step(
         if moving:
             named = zip(objective.trained, weights, strict=True)
             metrics |= {f"weight/{name}": Mean(weight, one) for name, weight in named}
+        metrics |= {f"kept/{name}": Mean(share, one) for name, share in kept_shares.items()}
         if log_layers:
             sizes = {f"grad_norm/{n}": x for n, x in norms_by_layer(grads).items()}
             sizes |= {f"update_ratio/{n}": x for n, x in ratios.items()}
@@ -190,3 +211,16 @@ def make_train_step(
         return parallel.constrain(mesh, after), metrics
 
     return backend.keep(jax.jit(step, donate_argnums=0))
+
+
+def _joined(grads: Any, each: Mapping[str, Any], longest: Mapping[str, float]) -> tuple[Any, dict]:
+    """The sum of gradients, each of `each` cut to a multiple of the first's length; what is kept.
+
+    A first of length 0 leaves nothing of the others.
+    """
+    limit, shares = global_norm(grads), {}
+    for name, grad in each.items():
+        share = jnp.minimum(1.0, longest[name] * limit / jnp.maximum(global_norm(grad), 1e-30))
+        shares[name] = share
+        grads = jax.tree.map(lambda g, x, s=share: g + s.astype(x.dtype) * x, grads, grad)
+    return grads, shares

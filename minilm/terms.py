@@ -110,6 +110,10 @@ def _tokens(batch):
     return (batch.segments[..., 1:] > 0).astype(jnp.float32)
 
 
+def _pretraining(batch):
+    return batch.ptx.weights
+
+
 def policy_entropy(outputs, batch):
     return outputs.entropy
 
@@ -145,6 +149,7 @@ OVER: dict[str, Callable[[Any], Float[Array, "..."]]] = {
     "rating": _completions,
     "ordinal": _completions,
     "language_model": _tokens,
+    "ptx": _pretraining,
 }
 PENALTIES: dict[str, Callable[[Any], Float[Array, ""]]] = {
     "l1": regularization.l1,
@@ -248,4 +253,5 @@ LOSS_OF = {
     "clip_higher": "clipped_surrogate",
     "imitation": "next_token_cross_entropy",
     "value": "clipped_value_loss",
+    "ptx": "next_token_cross_entropy",
 }

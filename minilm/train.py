@@ -37,7 +37,7 @@ def fit(
     metadata: dict,
     files: Mapping[str, Path],
     learning_rate: optax.Schedule,
-    tokens_per_step: int = 0,
+    tokens_before: Callable[[int], int] | None = None,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     best: str | Callable[[Mapping[str, Any]], float] | None = None,
     patience: int = 0,
@@ -54,6 +54,7 @@ def fit(
       state: the initial state; also the shape that a checkpoint must have.
       step: (state, k) -> (state, metrics); metrics are `Mean`s or numbers.
       metadata, files: stored with every checkpoint.
+      tokens_before: (k) -> what the steps before step k read, where tokens are counted.
       evaluate: run at step 0, every `loop.evaluate_every` steps and at the end.
       best: an evaluated metric, or a function of an evaluation; its lowest checkpoint is kept too.
       patience: evaluations without a lower `best`, after which its checkpoint is the last; 0: off.
@@ -86,6 +87,9 @@ def fit(
 
     def rank(figures: Mapping[str, Any]) -> float:
         return best(figures) if callable(best) else figures[best]  # pyright: ignore
+
+    def tokens(count: int, *, since: int = 0) -> int:
+        return tokens_before(count) - tokens_before(since) if tokens_before else 0
 
     def save(step_count: int, seconds: float) -> None:
         nonlocal saved
@@ -151,18 +155,19 @@ def fit(
             # A signal waits for the next record, so that an interrupted run logs the same windows.
             if (k + 1) % loop.log_every and not saving:
                 if len(window) % 4 == 1:
-                    progress.update(k, means(window[-1:]), tokens_per_step)
+                    progress.update(k, means(window[-1:]), tokens(k + 1, since=k))
                 continue
             window.append(jax.device_get(previous))
             previous = None
             now = time.perf_counter()
             seconds += now - clock
             last_metrics = means(window) | {"learning_rate": float(jnp.asarray(learning_rate(k)))}
-            if tokens_per_step:
-                last_metrics["tokens_per_second"] = len(window) * tokens_per_step / (now - clock)
+            if tokens_before:
+                read_now = tokens(k + 1, since=k + 1 - len(window))
+                last_metrics["tokens_per_second"] = read_now / (now - clock)
             window = []
             log.log(k + 1, last_metrics)
-            progress.update(k + 1, last_metrics, tokens_per_step)
+            progress.update(k + 1, last_metrics, tokens(k + 1, since=k))
             _check_finite(int(state.extra["skipped_in_a_row"]), loop, title, k + 1)
             caught = parallel.any_says(signals.caught)
             if saving or caught:
@@ -190,8 +195,8 @@ def fit(
             (last,) = parallel.said_by_first(checkpoint.metadata(kept)["step"] if kept else 0)
             progress.note(f"{title}: stopped at step {made}, back to the best, step {last}")
     record = {"seconds": seconds, **evaluations.get(last, {})}
-    if tokens_per_step and seconds:
-        record["tokens_per_second"] = made * tokens_per_step / seconds
+    if tokens_before and seconds:
+        record["tokens_per_second"] = tokens(made) / seconds
     return state, record
 
 

@@ -5,7 +5,14 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from minilm.config import Config, PretrainConfig
+from minilm.optim import make_optimizer
+from minilm.stages.pretrain import LANGUAGE
+from minilm.step import init_state, make_train_step
+from minilm.text.batches import Batches
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -102,3 +109,68 @@ def test_the_reward_curve_trains_on_the_first_pairs_of_one_set(
     done = [json.loads((tmp_path / f"pairs_{n}/reward/done.json").read_text()) for n in (4, 12)]
     assert done[0]["inputs"] == done[1]["inputs"]
     assert done[0]["summary"]["log_loss"] != done[1]["summary"]["log_loss"]
+
+
+@pytest.fixture
+def scaling(alternate):
+    import scaling
+
+    return scaling
+
+
+def test_scaling_prints_speeds_losses_and_laws(scaling, tmp_path, monkeypatch, capsys):
+    config = str(FOLDER.parent / "configs/fables.toml")
+    words = ["--quick", "--config", config, "--plot", str(tmp_path / "law.png")]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
+    scaling.main()
+    table, _, line = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert "chinchilla" in table
+    result = json.loads(line)
+    assert result["speeds"][0]["tokens_per_second"] > 0
+    assert [run["tokens"] for run in result["runs"]] == [12 * 224, 24 * 224, 8 * 224, 16 * 224]
+    assert all(run["loss"] > run["floor"] > 0 for run in result["runs"])
+    assert result["fits"]["exact_floor"] == result["runs"][0]["floor"]
+    assert (tmp_path / "law.png").stat().st_size > 1000
+
+
+def test_a_branch_is_a_run_whose_rate_falls_as_that_of_the_schedule_wsd(scaling):
+    """Two budgets share a trunk; each ends as a run of its own would, but for rounding."""
+    from toy import CONFIG, OPTIMIZER, arrays, forward, new_model
+
+    rows = 2 + (np.arange(7)[:, None] + np.arange(13)) % 9
+    batches = Batches(rows, batch_size=2, seed=0)
+    settings = OPTIMIZER.model_copy(update={"warmup_steps": 2})
+    config = Config(model=CONFIG, pretrain=PretrainConfig(optimizer=settings))
+    for steps, branch in zip(
+        (7, 14), scaling.branches(config, new_model(), batches, (7, 14)), strict=True
+    ):
+        wsd = settings.model_copy(update={"schedule": "wsd", "decay_fraction": scaling.DECAY})
+        optimizer = make_optimizer(wsd, steps)
+        state, step = (
+            init_state(new_model(), optimizer),
+            make_train_step(forward, LANGUAGE, optimizer),
+        )
+        for k in range(steps):
+            state, _ = step(state, batches[k])
+        assert int(branch.step) == steps
+        for name, array in arrays(branch.model).items():
+            np.testing.assert_allclose(array, arrays(state.model)[name], atol=1e-5, err_msg=name)
+
+
+def test_laws_are_found_again(scaling):
+    """Points made from a law give it back, and the frontier is what nothing cheaper beats."""
+    law = scaling.Chinchilla(0.6, 40.0, 0.4, 200.0, 0.5)
+    runs = [
+        scaling.Run(n, d, 6.0 * n * d, float(law.at(n, d)), 0.6)
+        for n in (50_000, 200_000, 800_000, 2_000_000)
+        for d in (100_000, 300_000, 1_000_000, 3_000_000)
+    ]
+    found = scaling.chinchilla_law(runs)
+    assert found == pytest.approx(law, rel=0.05)
+    best = scaling.frontier(runs)
+    cheaper = [[r.loss for r in runs if r.flops <= b.flops] for b in best]
+    assert [b.loss for b in best] == [min(losses) for losses in cheaper]
+    curve = [
+        scaling.Run(1, 1, scaling.UNIT * c, 0.6 + 0.3 * c**-0.5, 0.6) for c in (1, 2, 4, 8, 16)
+    ]
+    assert scaling.compute_law(curve) == pytest.approx((0.6, 0.3, 0.5), rel=0.1)

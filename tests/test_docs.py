@@ -134,7 +134,7 @@ def logged(run: Path) -> set[str]:
     records = [r for f in run.glob("*/metrics.jsonl") for r in metrics.read(f)]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     evaluation = json.loads((run / "rlhf/evaluation.json").read_text(encoding="utf-8"))
-    terms = [t for a in ALGORITHMS.values() for t in objective(a, RLHFConfig()).terms]
+    terms = [t for a in ALGORITHMS.values() for t in objective(a, RLHFConfig(ptx_coef=0.1)).terms]
     names = {name for row in [*records, *summary.values(), evaluation] for name in row}
     return (names | {t.name for t in terms}) - {"step", "kind", "choice", "nonfinite"}
 

@@ -53,6 +53,14 @@ def test_pretraining_takes_its_operations_over_the_machines_rate():
     )
 
 
+def test_a_growing_batch_costs_what_it_reads():
+    """Two doublings in 100 steps of 1,000: 50 of one row, 50 of two, 900 of four."""
+    grown = CONFIG.pretrain.model_copy(update={"batch_start": 1, "batch_warmup_steps": 100})
+    config = CONFIG.model_copy(update={"pretrain": grown})
+    ours, whole = (60 * minutes("pretrain", c, MACHINE) - STARTUP_SECONDS for c in (config, CONFIG))
+    assert ours / whole == pytest.approx((50 + 2 * 50 + 4 * 900) / 4000, rel=1e-3)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "preferences", "reward", "rlhf"])
 def test_every_stage_takes_longer_on_a_slower_machine(stage):
     fast, slow = (minutes(stage, CONFIG, {"matmul_gflops": rate}) for rate in (1000.0, 1.0))

@@ -32,10 +32,11 @@ ROWS = 8
 class Rows:
     """Batches of eight ragged rows; remembers which were asked for."""
 
-    batch_size = ROWS
-
     def __init__(self):
         self.asked: list[tuple[int, int]] = []
+
+    def size(self, step: int) -> int:
+        return ROWS
 
     def part(self, step: int, start: int, stop: int) -> Batch:
         self.asked.append((start, stop))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from toy import (
     LANGUAGE,
@@ -17,7 +18,10 @@ from toy import (
     ragged_batch,
 )
 
+from minilm.losses.language import z_loss
+from minilm.objective import Objective, Term
 from minilm.step import init_state, make_train_step
+from minilm.text.batches import Batches, Growth
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
@@ -119,3 +123,50 @@ def test_the_average_of_the_weights_follows_them_and_a_bad_update_leaves_it():
     for name, array in arrays(state.averaged).items():
         np.testing.assert_array_equal(array, average[name], err_msg=name)
     assert float(found["update_ratio/layers.0"].value) == 0
+
+
+def test_a_growing_batch_is_compiled_once_a_size():
+    rows = 2 + (np.arange(6)[:, None] + np.arange(13)) % 9
+    batches = Batches(rows, batch_size=Growth(1, 4, 5), seed=0)
+    state, step = fresh(), make_train_step(forward, LANGUAGE, OPTIMIZE)
+    for k in range(10):
+        state, found = step(state, batches[k])
+        assert float(found["cross_entropy"].count) == 12 * [1, 1, 1, 2, 2, 4, 4, 4, 4, 4][k]
+    assert step._cache_size() == 3
+
+
+BOTH = Objective((*LANGUAGE.terms, Term("z", 5.0, lambda o, b: z_loss(o), lambda b: b.weights)))
+
+
+@pytest.mark.parametrize(("most", "accumulation"), [(0.3, 1), (0.3, 4), (1e3, 1)])
+def test_a_gradient_taken_apart_is_clipped_to_a_multiple_of_the_others(most, accumulation):
+    """Plain descent by 1, so the parameters' change is the gradient."""
+    batch = jax.tree.map(jnp.asarray, ragged_batch())
+    model, plain = new_model(), optax.sgd(1.0)
+
+    def loss(model, of):
+        return jnp.sum(of(forward(model, batch)) * batch.weights) / 20
+
+    def cross_entropy(scores):
+        at = jnp.take_along_axis(scores, batch.targets[..., None], 2)[..., 0]
+        return jax.nn.logsumexp(scores, axis=-1) - at
+
+    first, second = (
+        arrays(jax.grad(loss)(model, of))
+        for of in (cross_entropy, lambda x: 5 * jax.nn.logsumexp(x, axis=-1) ** 2)
+    )
+    a, b = (np.sqrt(sum((x.astype(float) ** 2).sum() for x in g.values())) for g in (first, second))
+    assert 0.3 * a < b < 1e3 * a  # cut in the one case, whole in the other
+    share = min(1.0, most * a / b)
+    step = make_train_step(forward, BOTH, plain, accumulation=accumulation, apart={"z": most})
+    state, found = step(init_state(model, plain), batch)
+    assert float(found["kept/z"].value) == pytest.approx(share, rel=1e-4)
+    for name, moved in arrays(state.model).items():
+        expected = arrays(model)[name] - first[name] - share * second[name]
+        np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("apart", [{"y": 1.0}, {"z": 1.0, "cross_entropy": 1.0}])
+def test_what_is_taken_apart_is_trained_and_leaves_others(apart):
+    with pytest.raises(ValueError, match="apart"):
+        make_train_step(forward, BOTH, OPTIMIZE, apart=apart)

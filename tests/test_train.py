@@ -40,7 +40,7 @@ def run(folder, *, kill_at=None, step=None, evaluate=None, steps=STEPS, loop=LOO
         metadata={},
         files={},
         learning_rate=rate,
-        tokens_per_step=48,
+        tokens_before=lambda k: 48 * k,
         evaluate=evaluate,
         **options,
     )

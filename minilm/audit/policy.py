@@ -143,7 +143,9 @@ def the_reference_is_frozen(setting: Setting) -> tuple[bool, str]:
     before = [[np.array(x) for x in jax.tree.leaves(m)] for m in frozen]
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, schedule="constant"), 1)
     width = setting.batch.mask.shape[1]
-    step = make_step(config, setting.objective, optimizer, lambda *_: parts.collected, width)
+    ptx = setting.batch.ptx
+    rows = None if ptx is None else lambda n: ptx
+    step = make_step(config, setting.objective, optimizer, lambda *_: parts.collected, width, rows)
     start = [np.array(x) for x in jax.tree.leaves(parts.start)]
     state, _ = step(start_state(parts.start, optimizer), 0)
     moved = any(

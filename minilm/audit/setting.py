@@ -118,7 +118,9 @@ def of_rlhf(ws: Workspace) -> Setting:
     parts = Policy(
         reference, reward_model, collect, start, collected, last, collect(config)(last, 1)
     )
-    return Setting("rlhf", ws, start, aim, forward, collected.batch, parts)
+    ptx = rlhf.pretraining_rows(ws, len(collected.batch.mask))  # as many, to be cut alike
+    batch = collected.batch._replace(ptx=ptx and jax.tree.map(jnp.asarray, ptx(0)))
+    return Setting("rlhf", ws, start, aim, forward, batch, parts)
 
 
 SETTINGS: dict[str, Callable[[Workspace], Setting]] = {

@@ -21,7 +21,7 @@ from minilm.stages.evaluate import language_report, parse_report, sample, texts_
 from minilm.stages.workspace import Workspace
 from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
-from minilm.text.batches import Batch, Batches, batch_across, batch_of, tokenize
+from minilm.text.batches import Batch, Batches, Growth, batch_across, batch_of, growth_of, tokenize
 from minilm.text.corpora import Document, Split, split
 from minilm.text.fables import charges
 from minilm.text.overlap import copied_shares
@@ -77,7 +77,8 @@ def pretrain(ws: Workspace) -> dict:
     _tell_corpus(documents, batches, folder)
     write_jsonl(folder / "held_out.jsonl", [d._asdict() for d in documents.held_out])
     optimizer = make_optimizer(config.optimizer, config.steps)
-    rows = config.batch_size // config.accumulation
+    growth = growth_of(config)
+    rows = growth.start // config.accumulation  # larger batches are multiples
     mesh = parallel.make_mesh(ws.config.parallel, ws.config.model, rows)
     objective, balancing = (
         configured(LANGUAGE, "pretrain", ws.config, config.steps),
@@ -102,7 +103,8 @@ def pretrain(ws: Workspace) -> dict:
         return init_state(model, optimizer, objective, balancing, ema_decay=config.ema_decay)
 
     def step(state: TrainState, k: int):
-        return update(state, parallel.read(mesh, batches, k))
+        state, found = update(state, parallel.read(mesh, batches, k))
+        return state, found | ({"batch_size": growth.size(k)} if growth.steps else {})
 
     def evaluate(state: TrainState) -> dict:
         return language_report(parallel.whole(state.averaged), tokenizer, subset, max_length=length)
@@ -125,7 +127,7 @@ def pretrain(ws: Workspace) -> dict:
         files={"tokenizer.json": ws.tokenizer_file},
         track=ws.tracker("pretrain"),
         learning_rate=schedule(config.optimizer, config.steps, config.optimizer.learning_rate),
-        tokens_per_step=config.batch_size * length,
+        tokens_before=lambda k: growth.before(k) * length,
         evaluate=evaluate,
         best="validation_loss",
         patience=config.patience,
@@ -135,13 +137,24 @@ def pretrain(ws: Workspace) -> dict:
     return _report(parallel.whole(state.averaged), ws, documents, record, key)
 
 
-def training_batches(ws: Workspace, documents: list[Document]) -> Batches:
-    """What is trained on, step by step."""
+def training_batches(
+    ws: Workspace,
+    documents: list[Document],
+    size: int | Growth | None = None,
+    order: int | None = None,
+) -> Batches:
+    """What is trained on, step by step.
+
+    Args:
+      size: rows of a batch; None: the config's.
+      order: seed of the rows' order; None: the run's. Which rows there are does not depend on it.
+    """
     config, seed = ws.config.pretrain, ws.config.seed
     length, cache = config.sequence_length, ws.out / "cache"
     rows = tokenize(documents, ws.tokenizer, length, cache=cache, seed=seed)
     make = batch_of if config.document_attention else batch_across
-    return Batches(rows, batch_size=config.batch_size, seed=seed, make=make)
+    size, order = growth_of(config) if size is None else size, seed if order is None else order
+    return Batches(rows, batch_size=size, seed=order, make=make)
 
 
 def _tell_corpus(documents: Split, batches: Batches, folder: Path) -> None:

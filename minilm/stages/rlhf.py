@@ -1,6 +1,7 @@
 """RLHF: rollout, score, KL to the frozen reference, update; the algorithm is a row."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,12 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from minilm import backend
-from minilm.algorithms import ALGORITHMS, Algorithm, PolicyBatch, next_kl_scale, objective, price
+from minilm import backend, checkpoint
+from minilm.algorithms import (
+    ALGORITHMS,
+    PTX,
+    Algorithm,
+    PolicyBatch,
+    next_kl_scale,
+    objective,
+    price,
+)
 from minilm.choices import choose
-from minilm.config import RLHFConfig
+from minilm.config import PretrainConfig, RLHFConfig
 from minilm.errors import UserError
 from minilm.generate import Samples, generate
+from minilm.losses.language import next_token_cross_entropy
 from minilm.losses.reduce import Mean, mean
 from minilm.model import Transformer
 from minilm.objective import Objective
@@ -22,10 +32,14 @@ from minilm.optim import make_optimizer, schedule
 from minilm.rewards import RewardModel, learned_reward, shaped
 from minilm.rollout import Outputs, Rollout, complete_rollout, completion_outputs
 from minilm.stages.evaluate import prompt_rows
+from minilm.stages.pretrain import forward as next_tokens
+from minilm.stages.pretrain import training_batches
 from minilm.stages.reward import load_reward_model
 from minilm.stages.workspace import Workspace
 from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
+from minilm.text.batches import Batch
+from minilm.text.corpora import split
 from minilm.text.prompts import prompt_sets
 from minilm.train import fit
 
@@ -50,7 +64,8 @@ def rlhf(
     reference, reward_model = ws.load(ws.base, scalar_head=False), load_reward_model(ws)
     collect = collector(ws, reference, reward_model, judged)(config)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, updates(config))
-    step = make_step(config, aim, optimizer, collect, sizes.max_new_tokens)
+    ptx = pretraining_rows(ws, config.ptx_rows)
+    step = make_step(config, aim, optimizer, collect, sizes.max_new_tokens, ptx)
     rate = schedule(config.optimizer, updates(config), config.optimizer.learning_rate)
     per_step = config.epochs * config.minibatches
     budget = config.kl_budget
@@ -90,6 +105,23 @@ def start_state(policy: Transformer, optimizer) -> TrainState:
     """The first state: the KL coefficient is the config's."""
     state = init_state(policy, optimizer)
     return dataclasses.replace(state, extra=state.extra | {"kl_scale": jnp.float32(1)})
+
+
+def pretraining_rows(ws: Workspace, count: int) -> Callable[[int], Batch] | None:
+    """(n) -> `count` rows of the text that was trained on, for update n; None if none is mixed in.
+
+    They are cut as the pretrained model's were, which may be another run's, and come in an order
+    of RLHF's own: a function of both seeds and n.
+    """
+    config, seed = ws.config.rlhf, ws.config.seed
+    if not config.ptx_coef:
+        return None
+    stored = checkpoint.metadata(checkpoint.find(ws.stage("pretrain")))["config"]["pretrain"]
+    cut = PretrainConfig.model_validate_json(json.dumps(stored))
+    ws = dataclasses.replace(ws, config=ws.config.model_copy(update={"pretrain": cut}))
+    documents = split(ws.config.corpus, seed).train
+    order = int(np.random.default_rng((seed, 1000 + config.seed)).integers(2**32))
+    return training_batches(ws, documents, count, order).__getitem__
 
 
 def updates(config: RLHFConfig) -> int:
@@ -204,20 +236,36 @@ def make_collect(
 
 
 def make_forward(config: RLHFConfig, width: int) -> Callable[[Transformer, PolicyBatch], Outputs]:
-    """(model, batch) -> what the objective's terms read of the last `width` tokens."""
+    """(model, batch) -> what the objective's terms read: of the last `width` tokens, and of the
+    pretraining rows, which no temperature divides."""
 
     def forward(model: Transformer, batch: PolicyBatch) -> Outputs:
-        return completion_outputs(model, batch.tokens, batch.segments, width, config.temperature)
+        outputs = completion_outputs(model, batch.tokens, batch.segments, width, config.temperature)
+        if batch.ptx is None:
+            return outputs
+        found = next_token_cross_entropy(next_tokens(model, batch.ptx), batch.ptx.targets)
+        return outputs._replace(ptx=found)
 
     return forward
 
 
 def make_step(
-    config: RLHFConfig, aim: Objective, optimizer, collect: Callable[..., Collected], width: int
+    config: RLHFConfig,
+    aim: Objective,
+    optimizer,
+    collect: Callable[..., Collected],
+    width: int,
+    ptx: Callable[[int], Batch] | None = None,
 ):
-    """(state, k) -> (state, metrics): one rollout of `width` tokens at most, and its updates."""
+    """(state, k) -> (state, metrics): one rollout of `width` tokens at most, and its updates.
+
+    Args:
+      ptx: (n) -> the pretraining rows of update n; see `pretraining_rows`.
+    """
     size, parts = config.prompts_per_step * config.group_size, config.accumulation
-    update = make_train_step(make_forward(config, width), aim, optimizer, accumulation=parts)
+    apart = {PTX: config.ptx_clip} if PTX in aim.trained else {}
+    forward, dials = make_forward(config, width), {"accumulation": parts, "apart": apart}
+    update = make_train_step(forward, aim, optimizer, **dials)
 
     def step(state: TrainState, k: int):
         collected = collect(state.model, k, state.extra["kl_scale"])
@@ -225,8 +273,10 @@ def make_step(
         extra = state.extra | {"kl_scale": collected.kl_scale}
         state = dataclasses.replace(state, extra=extra)
         for epoch in range(config.epochs):
-            for part in _minibatches(batch, size, config, k, epoch):
-                state, latest = update(state, part)
+            for n, part in enumerate(_minibatches(batch, size, config, k, epoch)):
+                number = (k * config.epochs + epoch) * config.minibatches + n
+                rows = None if ptx is None else ptx(number)
+                state, latest = update(state, part._replace(ptx=rows))
                 metrics = _joined(metrics, latest)
         return state, metrics
 

@@ -82,7 +82,7 @@ def sft(ws: Workspace) -> dict:
         files={"tokenizer.json": ws.tokenizer_file},
         track=ws.tracker("sft"),
         learning_rate=schedule(config.optimizer, steps, config.optimizer.learning_rate),
-        tokens_per_step=config.batch_size * config.sequence_length,
+        tokens_before=lambda k: k * config.batch_size * config.sequence_length,
         evaluate=evaluate,
     )
     before = evaluate(init_state(ws.load("pretrain", scalar_head=False), optimizer))

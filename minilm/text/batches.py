@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
+from minilm.config import PretrainConfig
 from minilm.errors import UserError
 from minilm.files import write_atomically
 from minilm.text.corpora import Document
@@ -47,30 +48,87 @@ def batch_across(rows: Rows) -> Batch:
     return batch._replace(segments=(batch.tokens != Tokenizer.pad_id).astype(np.int32))
 
 
+class Growth(NamedTuple):
+    """The rows of each step: from `start`, doubled at even intervals, `full` after `steps` steps.
+
+    A batch that doubles after equally many steps grows linearly in what has been read: GPT-3's
+    schedule, in the few sizes that are compiled.
+
+    Reference:
+      Brown et al. (2020), Language Models are Few-Shot Learners, arXiv:2005.14165, App. B.
+
+    >>> growth = Growth(2, 8, 4)
+    >>> [growth.size(k) for k in range(6)]
+    [2, 2, 4, 4, 8, 8]
+    >>> [growth.before(k) for k in range(6)]
+    [0, 2, 4, 8, 12, 20]
+    """
+
+    start: int  # `full` divided by a power of two
+    full: int
+    steps: int = 0  # 0: all have the full size
+
+    @property
+    def _ends(self) -> list[int]:
+        """The first step after each size but the full one."""
+        doublings = (self.full // self.start).bit_length() - 1
+        return [-(-self.steps * (n + 1) // doublings) for n in range(doublings)]
+
+    def size(self, step: int) -> int:
+        """Rows of a step's batch."""
+        return self.start << bisect.bisect_right(self._ends, step)
+
+    def before(self, step: int) -> int:
+        """Rows of all steps before this one."""
+        ends = self._ends
+        spans = zip([0, *ends], [*ends, step], strict=True)
+        return sum(max(min(b, step) - a, 0) * (self.start << n) for n, (a, b) in enumerate(spans))
+
+
+def growth_of(config: PretrainConfig) -> Growth:
+    """That of pretraining."""
+    start = config.batch_size if config.batch_start is None else config.batch_start
+    return Growth(start, config.batch_size, config.batch_warmup_steps)
+
+
 class Batches:
     """Batch k, by random access: the rows are shuffled anew each epoch, without end.
 
     No iterator state: a resumed run asks for the batch of its step. The last batch of an epoch is
     filled with the first rows of the next.
+
+    Args:
+      batch_size: rows of each, or how they grow.
     """
 
     def __init__(
-        self, rows: Rows, *, batch_size: int, seed: int, make: Callable[[Rows], Batch] = batch_of
+        self,
+        rows: Rows,
+        *,
+        batch_size: int | Growth,
+        seed: int,
+        make: Callable[[Rows], Batch] = batch_of,
     ):
         import grain  # two seconds: only where it is used
 
-        self.rows, self.batch_size, self._make = rows, batch_size, make
+        constant = isinstance(batch_size, int)
+        self._growth = Growth(batch_size, batch_size) if constant else batch_size
+        self.rows, self._make = rows, make
         # Row numbers, not rows: half the Python a row. Grain takes seeds of 32 bits.
         self._order = grain.MapDataset.range(len(rows)).shuffle(seed=seed % 2**32).repeat()
 
     def __getitem__(self, step: int) -> Batch:
-        return self.part(step, 0, self.batch_size)
+        return self.part(step, 0, self.size(step))
+
+    def size(self, step: int) -> int:
+        """Rows of a batch."""
+        return self._growth.size(step)
 
     def part(self, step: int, start: int, stop: int) -> Batch:
         """Rows `start` to `stop` of a batch: what one of several hosts reads of it."""
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
-        first = step * self.batch_size
+        first = self._growth.before(step)
         chosen = np.array([self._order[first + i] for i in range(start, stop)], np.int64)
         return self._make(self.rows[chosen])
 

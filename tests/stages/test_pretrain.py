@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -123,3 +124,34 @@ def test_a_checkpoint_alone_is_enough(folder, tiny_run):
     assert facts["step"] == 40
     assert (path / "tokenizer.json").read_bytes() == (tiny_run / "tokenizer.json").read_bytes()
     assert facts["config"] == load(tiny_run / "config.toml").model_dump(mode="json")
+
+
+GROWING = ["--pretrain.batch-start", 1, "--pretrain.batch-warmup-steps", 13]
+
+
+@pytest.fixture(scope="module")
+def grown(tiny, processes, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("grown") / "run"
+    done = processes("run", tiny, "--out", out, "--until", "pretrain", *GROWING)
+    assert done.code == 0, done.output
+    return out
+
+
+def test_a_growing_batch_is_logged_and_its_tokens_are_counted(grown):
+    """One row for seven steps, two for six, then four: records are means over five steps."""
+    records = metrics.read(grown / "pretrain" / "metrics.jsonl")
+    sizes = [r["batch_size"] for r in records if r["kind"] == "train"]
+    assert sizes == pytest.approx([1.0, (2 + 6) / 5, (6 + 8) / 5, 4, 4, 4, 4, 4])
+    summary = json.loads((grown / "pretrain" / "done.json").read_text())["summary"]
+    positions = summary["tokens_per_second"] * summary["seconds"]
+    assert positions == pytest.approx((7 * 1 + 6 * 2 + 27 * 4) * LENGTH)
+
+
+def test_a_run_killed_while_its_batch_grows_ends_the_same(
+    grown, tiny, tmp_path, processes, assert_same
+):
+    words = ["run", tiny, "--out", tmp_path / "run", "--until", "pretrain", *GROWING]
+    stop = ("*/pretrain/checkpoints/.tmp-step_00000020/*", 3, signal.SIGKILL)
+    assert processes(*words, at=stop).code == -signal.SIGKILL  # step 10 is kept
+    assert processes(*words).code == 0
+    assert_same(tmp_path / "run", grown, ("pretrain",))

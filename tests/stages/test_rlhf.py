@@ -1,19 +1,25 @@
 """One RLHF step: the first ratio, what moves and what is frozen, and who is asked when."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from minilm import metrics
 from minilm.algorithms import ALGORITHMS, PolicyBatch
 from minilm.checkpoint import flatten
-from minilm.config import ModelConfig, OptimizerConfig, RLHFConfig, TokenizerConfig
+from minilm.config import Config, ModelConfig, OptimizerConfig, RLHFConfig, TokenizerConfig
 from minilm.losses.reduce import Mean
-from minilm.model import Transformer
+from minilm.model import Transformer, hidden_states, logits
 from minilm.optim import make_optimizer
 from minilm.rewards import Normalization, RewardModel
 from minilm.stages import rlhf as s
+from minilm.stages.workspace import Workspace
+from minilm.text.batches import batch_of
 from minilm.text.tokenizer import train_tokenizer
 
 VOCAB, PAD, EOS = 9, 0, 1
@@ -196,3 +202,107 @@ def test_prompt_rows_begin_with_the_start_token_and_are_padded_on_the_left():
     rows = s.prompt_rows(["ab", ""], tokenizer, 4)
     a, b = tokenizer.encode("ab")
     assert rows.tolist() == [[PAD, EOS, a, b], [PAD, PAD, PAD, EOS]]
+
+
+ROWS = np.array(
+    [[1, 5, 3, 1, 2, 1, 0], [1, 8, 2, 6, 4, 1, 0], [1, 7, 7, 1, 0, 0, 0], [1, 2] + [0] * 5]
+)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1.0])
+def test_pretraining_rows_add_their_gradient_clipped_apart(clip):
+    """One update by plain descent against both gradients, computed without the library's losses."""
+    dials = {"epochs": 1, "minibatches": 1, "accumulation": 2, "temperature": 0.7}
+    dials |= {"ptx_coef": 1e-3 if clip == 1.0 else 1.0, "ptx_clip": clip, "ptx_rows": 4}
+    config, plain = CONFIG.model_copy(update=dials), optax.sgd(1.0)
+    algorithm, reference = ALGORITHMS["rloo"], random_model(0)
+    payers = payer(random_model(1, scalar_head=True, scale=0.6))
+    collect = s.make_collect(
+        config, algorithm, reference, payers, PROMPTS,
+        key=jax.random.key(0), max_new_tokens=6, eos_id=EOS, pad_id=PAD,
+    )  # fmt: skip
+    batch, policy = collect(reference, 0).batch, random_model(0)
+
+    def said(model, tokens, segments, temperature):
+        scores = logits(model, hidden_states(model, tokens[:, :-1], segments[:, :-1]))
+        every = jax.nn.log_softmax(scores / temperature)
+        return jnp.take_along_axis(every, tokens[:, 1:, None], 2)[..., 0]
+
+    def reward(model):
+        own = said(model, batch.tokens, batch.segments, 0.7)[:, -6:]
+        gained = jnp.exp(own - batch.old_logprobs) * batch.advantages
+        return -jnp.sum(jnp.where(batch.mask, gained, 0.0)) / jnp.sum(batch.mask).astype(
+            jnp.float32
+        )
+
+    def text(model):
+        segments = np.cumsum(ROWS == EOS, axis=1, dtype=np.int32)
+        own = said(model, jnp.asarray(ROWS, jnp.int32), jnp.asarray(segments), 1.0)
+        return -config.ptx_coef * jnp.sum(jnp.where(ROWS[:, 1:] != PAD, own, 0.0)) / 14
+
+    first, second = (arrays(jax.jit(jax.grad(f))(policy)) for f in (reward, text))
+    a, b = (np.sqrt(sum((x.astype(float) ** 2).sum() for x in g.values())) for g in (first, second))
+    share = min(1.0, clip * a / b)
+    assert (share == 1.0) == (clip == 1.0)  # whole in the one case, cut in the other
+    asked = []
+
+    def rows(n):
+        asked.append(n)
+        return batch_of(ROWS)
+
+    aim = s.objective(algorithm, config)
+    step = s.make_step(config, aim, plain, collect, 6, rows)
+    state, found = step(s.start_state(policy, plain), 0)
+    before = arrays(policy)
+    for name, moved in arrays(state.model).items():
+        expected = before[name] - first[name] - share * second[name]
+        np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=3e-5, err_msg=name)
+    assert float(found["kept/loss/ptx"].value) == pytest.approx(share, rel=1e-3)
+    assert float(found["loss/ptx"].count) == 14
+    step(state, 3)
+    assert asked == [0, 3]
+
+
+def test_every_update_reads_pretraining_rows_of_its_own():
+    config = CONFIG.model_copy(update={"ptx_coef": 0.05, "ptx_rows": 2})
+    start, _, (reference, reward_model) = make("rloo", config)
+    asked = []
+
+    def rows(n):
+        asked.append(n)
+        return batch_of(ROWS[:2])
+
+    collect = s.make_collect(
+        config, ALGORITHMS["rloo"], reference, payer(reward_model), PROMPTS,
+        key=jax.random.key(0), max_new_tokens=6, eos_id=EOS, pad_id=PAD,
+    )  # fmt: skip
+    aim, optimizer = s.objective(ALGORITHMS["rloo"], config), make_optimizer(config.optimizer, 100)
+    step = s.make_step(config, aim, optimizer, collect, 6, rows)
+    state, _ = step(start(), 0)
+    step(state, 1)
+    assert asked == list(range(8))  # two passes in two halves, twice
+
+
+def test_without_a_coefficient_there_is_no_such_term_and_no_rows_are_read(tmp_path):
+    names = {t.name for t in s.objective(ALGORITHMS["ppo"], CONFIG).terms}
+    assert "loss/ptx" not in names
+    ws = Workspace(Config(), tmp_path, None, "float32")
+    assert s.pretraining_rows(ws, 8) is None
+
+
+PTX = ["--rlhf.ptx-coef", 0.05, "--rlhf.ptx-rows", 2]
+
+
+def test_a_run_with_pretraining_rows_is_killed_and_ends_the_same(
+    tiny, tiny_run, tmp_path, processes, assert_same
+):
+    words = ["rlhf", tiny, "--init", tiny_run, *PTX]
+    done = processes(*words, "--out", tmp_path / "whole")
+    assert done.code == 0, done.output
+    records = metrics.read(tmp_path / "whole" / "rlhf" / "metrics.jsonl")
+    kept = [r["kept/loss/ptx"] for r in records if r["kind"] == "train"]
+    assert len(kept) == 6 and all(0 <= share <= 1 for share in kept) and max(kept) > 0
+    stop = ("*/rlhf/checkpoints/.tmp-step_00000004/*", 1, signal.SIGKILL)
+    assert processes(*words, "--out", tmp_path / "killed", at=stop).code == -signal.SIGKILL
+    assert processes(*words, "--out", tmp_path / "killed").code == 0
+    assert_same(tmp_path / "killed", tmp_path / "whole", ("rlhf",))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minilm.config import TokenizerConfig
 from minilm.errors import UserError
-from minilm.text.batches import Batches, alone, batch_across, batch_of, pack, tokenize
+from minilm.text.batches import Batches, Growth, alone, batch_across, batch_of, pack, tokenize
 from minilm.text.corpora import Document
 from minilm.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -233,6 +233,49 @@ def test_a_batch_larger_than_the_corpus_repeats_it():
     batches = Batches(ROWS[:3], batch_size=7, seed=0)
     found = chosen(batches, ROWS[:3], range(3))
     assert all(sorted(found[i : i + 3]) == [0, 1, 2] for i in range(0, 21, 3))
+
+
+growths = st.builds(
+    lambda start, doublings, more: Growth(start, start << doublings, doublings + more),
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 9),
+)  # fmt: skip
+
+
+@given(growths, st.integers(0, 40))
+def test_a_batch_grows_by_doublings_and_what_was_read_before_is_their_sum(growth, step):
+    sizes = [growth.size(k) for k in range(step + 1)]
+    assert growth.before(step) == sum(sizes[:-1])
+    assert sizes[0] == growth.start
+    assert sizes[-1] == growth.full or step < growth.steps
+    allowed = {growth.start << n for n in range(4)}
+    assert set(sizes) <= allowed and sizes == sorted(sizes)
+    # No size is left out, and each but the full one has its share of the steps, within one.
+    all_of_them = [growth.size(k) for k in range(growth.steps)]
+    counts = list(Counter(all_of_them).values())
+    assert len(counts) == (growth.full // growth.start).bit_length() - 1
+    assert max(counts) - min(counts) <= 1
+
+
+@given(growths, st.integers(0, 3))
+def test_growing_batches_read_each_row_exactly_once_an_epoch(growth, seed):
+    rows, steps = ROWS[:10], range(growth.steps + 8)
+    found = chosen(Batches(rows, batch_size=growth, seed=seed), rows, steps)
+    assert len(found) == growth.before(len(steps))
+    whole = len(found) // 10 * 10
+    assert all(sorted(found[i : i + 10]) == list(range(10)) for i in range(0, whole, 10))
+    assert len(set(found[whole:])) == len(found) - whole
+    # The same rows in the same order as batches of one size read.
+    assert found == chosen(Batches(rows, batch_size=1, seed=seed), rows, range(len(found)))
+
+
+def test_a_growing_batch_needs_the_seed_and_k_alone():
+    growth = Growth(1, 8, 9)
+    walked = [Batches(ROWS, batch_size=growth, seed=3)[k] for k in range(14)]
+    jumped = Batches(ROWS, batch_size=growth, seed=3)
+    for k in (13, 0, 8, 4):
+        assert len(jumped[k].tokens) == growth.size(k)
+        for a, b in zip(jumped[k], walked[k], strict=True):
+            assert np.array_equal(a, b)
 
 
 def test_steps_count_from_zero():
