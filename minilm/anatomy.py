@@ -118,13 +118,14 @@ def sample_neighbours(weights: Weights, tokens: int = 12) -> list[Neighbours]:
 
 
 def sample_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
-    """Ids of words of three letters and more, evenly over the vocabulary: BPE's is by frequency.
+    """Ids of words, evenly over the vocabulary, in which BPE has frequent tokens first.
 
-    Of a tokenizer with fewer of them, letters and figures.
+    Words are a space and three letters or more; of a tokenizer with fewer of them, letters and
+    figures of any number.
     """
-    pieces = [piece.strip() for piece in tokenizer.tokens(range(2, tokenizer.vocab_size))]
-    words = [i for i, piece in enumerate(pieces, 2) if len(piece) > 2 and piece.isalpha()]
-    letters = [i for i, piece in enumerate(pieces, 2) if piece.isalnum()]
+    pieces = list(enumerate(tokenizer.tokens(range(2, tokenizer.vocab_size)), 2))
+    words = [i for i, piece in pieces if piece[:1] == " " and piece[1:].isalpha() and piece[3:]]
+    letters = [i for i, piece in pieces if piece.strip().isalnum()]
     chosen = words if len(words) >= count else letters
     count = min(count, len(chosen))
     return [chosen[k * len(chosen) // count] for k in range(count)]
