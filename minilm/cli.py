@@ -94,18 +94,37 @@ def _generate(name: str, words: list[str]) -> None:
 
 def _inspect(name: str, words: list[str]) -> None:
     parser = _parser(name, "PATH", "a run folder, a stage folder or a checkpoint")
-    parser.add_argument("--diff", type=Path, metavar="OTHER", help="another, to compare with")
-    parser.add_argument("--optimizer", action="store_true", help="list the optimizer's state too")
+    add = parser.add_argument
+    add("--diff", type=Path, metavar="OTHER", help="another, to compare with")
+    add("--optimizer", action="store_true", help="list the optimizer's state too")
+    add("--spectra", action="store_true", help="singular values, ranks and weights of each matrix")
+    add("--nearest", metavar="TOKEN", help="the tokens that are embedded nearest to this one")
+    add("--dead-units", action="store_true", help="hidden units that do something never or always")
+    # "" is no path, so that FILE can be told from no FILE.
+    add("--html", nargs="?", const="", metavar="FILE", help="all of it as a page (inspection.html)")
     args = parser.parse_args(words)
+    closer = {"spectra": args.spectra, "nearest": args.nearest, "dead_units": args.dead_units}
+    asked = args.html is not None or args.spectra or args.dead_units or args.nearest is not None
+    if args.diff and asked:
+        hint = f"{parser.prog} PATH and {parser.prog} OTHER, one after the other"
+        raise UserError("--diff goes with no other view of a checkpoint", hint=hint)
+    if args.html is not None:
+        from minilm.report.inspection import write
+
+        print(write(args.PATH, Path(args.html) if args.html else None, token=args.nearest))
+        return
     from rich.console import Console
 
     from minilm import inspection
 
     if args.diff:
-        shown = inspection.render_diff(inspection.diff(args.PATH, args.diff))
-    else:
-        shown = inspection.render(inspection.describe(args.PATH), optimizer=args.optimizer)
-    Console().print(shown)
+        Console().print(inspection.render_diff(inspection.diff(args.PATH, args.diff)))
+        return
+    Console().print(inspection.render(inspection.describe(args.PATH), optimizer=args.optimizer))
+    if asked:
+        from minilm import anatomy
+
+        Console().print(anatomy.render(args.PATH, **closer))
 
 
 def _model(name: str, words: list[str]) -> None:

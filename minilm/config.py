@@ -183,8 +183,7 @@ class PretrainConfig(SupervisedConfig):
     # pays where the vocabulary is large: 16 x 1,024 positions of 50,304 logits are 3.3 GB.
     logits_chunk: Natural = 0
     validation_documents: Positive = 512  # read during training; the end reads the whole split
-    # Early stopping: so many evaluations without a lower loss, then back to the best. 0: never.
-    patience: Natural = 0
+    patience: Natural = 0  # evaluations without a lower loss, then back to the best; 0: never
     sample_count: Positive = 512  # stories sampled at the end for the parse share
     max_new_tokens: Positive = 160  # of a sample
 
@@ -199,10 +198,8 @@ class PretrainConfig(SupervisedConfig):
         if rest or times < 2 or times & (times - 1):  # each size is compiled: doublings are few
             raise ValueError(f"batch_size ({full}) must be batch_start ({start}) times 2, 4, 8, …")
         if start % self.accumulation:
-            problem = f"batch_start ({start}) must be a multiple of accumulation"
-            raise ValueError(f"{problem} ({self.accumulation})")
-        least = times.bit_length() - 1  # doublings
-        if not least <= steps < self.steps:
+            raise ValueError(f"batch_start ({start}) must be a multiple of accumulation")
+        if not (least := times.bit_length() - 1) <= steps < self.steps:
             problem = f"batch_warmup_steps ({steps}) must be at least {least}, a step for each size"
             raise ValueError(f"{problem} before the last, and below steps ({self.steps})")
         return self

@@ -1,7 +1,7 @@
 """What a checkpoint holds, and how two differ; read without building the model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,18 @@ class Description(NamedTuple):
     others: tuple[Row, ...]  # optimizer state, counters
     tokenizer: Mapping[str, Any]  # empty where none was saved
     metadata: Mapping[str, Any]  # step, config, metrics and what else was saved with them
+
+
+class Branch(NamedTuple):
+    """A line of the tree of arrays: an array, or a name that several begin with."""
+
+    depth: int
+    name: str
+    share: float  # of all the numbers in the tree
+    row: Row | None  # None for a name that several share
+
+
+BROKEN = "NOT FINITE"  # the fact that is no good news
 
 
 class Difference(NamedTuple):
@@ -101,18 +113,45 @@ def diff(a: Path, b: Path) -> Difference:
 def render(description: Description, *, optimizer: bool = False) -> RenderableType:
     """For a terminal: facts, then the tree of parameters, and of the optimizer's state if asked."""
     d = description
-    facts = Table.grid("key", "value", padding=(0, 2))
-    facts.add_row("parameters", f"{sum(row.size for row in d.parameters):,}")
+    grid = Table.grid("key", "value", padding=(0, 2))
+    for name, value in facts(d).items():
+        grid.add_row(name, Text(value, style="bold red" if name == BROKEN else ""))
+    shown = _tree(d.others) if optimizer else Text(f"and {others(d)}")
+    return Group(Text(str(d.path), style="bold"), grid, _tree(d.parameters), shown)
+
+
+def facts(description: Description) -> dict[str, str]:
+    """What a checkpoint says of itself, by name; under BROKEN the arrays that are not finite."""
+    d = description
     known = {k: v for k, v in d.metadata.items() if k not in ("arrays", "files", "model", "config")}
     known |= {f"config {name}": value for name, value in d.metadata.get("config", {}).items()}
-    for name, value in {**known, "tokenizer file": d.tokenizer}.items():
-        facts.add_row(name, Text(_said(value)))
-    if broken := [r.key for r in d.parameters + d.others if not math.isfinite(r.norm)]:
-        facts.add_row("NOT FINITE", Text(", ".join(broken), style="bold red"))
-    size = sum(row.size for row in d.others)
-    rest = Text(f"and {len(d.others)} arrays of optimizer and counters, {size:,} numbers")
-    shown = _tree(d.others) if optimizer else rest
-    return Group(Text(str(d.path), style="bold"), facts, _tree(d.parameters), shown)
+    known |= {"tokenizer file": d.tokenizer}
+    broken = [r.key for r in d.parameters + d.others if not math.isfinite(r.norm)]
+    said = {"parameters": f"{sum(row.size for row in d.parameters):,}"}
+    said |= {name: _said(value) for name, value in known.items()}
+    return said | ({BROKEN: ", ".join(broken)} if broken else {})
+
+
+def others(description: Description) -> str:
+    """How much there is beside the model, in words."""
+    rows = description.others
+    size = sum(row.size for row in rows)
+    return f"{len(rows)} arrays of optimizer and counters, {size:,} numbers"
+
+
+def branches(rows: Sequence[Row]) -> Iterator[Branch]:
+    """The tree that the names of arrays make, a branch before what is on it."""
+    total = sum(row.size for row in rows)
+    shown = set()
+    for row in rows:
+        *above, name = row.key.split(".")
+        for depth, part in enumerate(above):
+            branch = ".".join([*above[:depth], part, ""])
+            if branch not in shown:
+                shown.add(branch)
+                share = sum(r.size for r in rows if r.key.startswith(branch)) / total
+                yield Branch(depth, part, share, None)
+        yield Branch(len(above), name, row.size / total, row)
 
 
 def render_diff(difference: Difference) -> RenderableType:
@@ -154,17 +193,11 @@ def _said(value: Any) -> str:
 def _tree(rows: Sequence[Row]) -> Table:
     """Arrays under the names that they share; `share` is of all their numbers."""
     table = Table("array", "shape", "dtype", "norm", "share", box=box.SIMPLE)
-    total = sum(row.size for row in rows)
-    shown = set()
-    for row in rows:
-        *above, name = row.key.split(".")
-        for depth, part in enumerate(above):
-            branch = ".".join([*above[:depth], part, ""])
-            if branch not in shown:
-                shown.add(branch)
-                share = sum(r.size for r in rows if r.key.startswith(branch)) / total
-                table.add_row("  " * depth + part, "", "", "", f"{share:.1%}", style="bold")
-        shape = "x".join(map(str, row.shape)) or "scalar"
-        leaf = "  " * len(above) + name
-        table.add_row(leaf, shape, row.dtype, f"{row.norm:.4g}", f"{row.size / total:.1%}")
+    for depth, name, share, row in branches(rows):
+        figures = (shape_of(row), row.dtype, f"{row.norm:.4g}") if row else ("", "", "")
+        table.add_row("  " * depth + name, *figures, f"{share:.1%}", style="" if row else "bold")
     return table
+
+
+def shape_of(row: Row) -> str:
+    return "x".join(map(str, row.shape)) or "scalar"

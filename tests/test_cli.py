@@ -157,6 +157,56 @@ def test_inspect_prints_one_checkpoint_or_the_difference_of_two(monkeypatch, cap
     assert capsys.readouterr().out.splitlines() == expected
 
 
+@pytest.fixture
+def looks(monkeypatch) -> list:
+    """What `minilm inspect` asks for beside the facts, instead of looking."""
+    asked = []
+    fakes = {
+        "minilm.inspection": {"describe": str, "render": lambda told, *, optimizer: "facts"},
+        "minilm.anatomy": {"render": lambda path, **views: asked.append((path, views)) or "view"},
+        "minilm.report.inspection": {
+            "write": lambda path, file, *, token: asked.append((path, file, token)) or "page"
+        },
+    }
+    for module, functions in fakes.items():
+        monkeypatch.setattr(module, SimpleNamespace(**functions), raising=False)
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("words", "views"),
+    [
+        ("--spectra", {"spectra": True, "nearest": None, "dead_units": False}),
+        ("--nearest fox", {"spectra": False, "nearest": "fox", "dead_units": False}),
+        ("--dead-units --spectra", {"spectra": True, "nearest": None, "dead_units": True}),
+    ],
+)
+def test_inspect_adds_what_is_asked_for_to_the_facts(words, views, looks, capsys):
+    assert cli.main(["inspect", "a", *words.split()]) == 0
+    assert looks == [(Path("a"), views)]
+    assert capsys.readouterr().out.split() == ["facts", "view"]
+
+
+def test_an_empty_token_is_asked_for_and_not_ignored(looks):
+    assert cli.main(["inspect", "a", "--nearest", ""]) == 0
+    assert looks[0][1]["nearest"] == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--html", (Path("a"), None, None)),
+        ("--html there.html", (Path("a"), Path("there.html"), None)),
+        ("--html --nearest fox", (Path("a"), None, "fox")),
+    ],
+)
+def test_inspect_writes_a_page_and_prints_where(words, expected, looks, capsys):
+    assert cli.main(["inspect", "a", *words.split()]) == 0
+    assert looks == [expected]
+    assert capsys.readouterr().out == "page\n"
+
+
 def test_config_prints_toml_that_resolves_to_itself(config: str, tmp_path: Path, capsys):
     assert cli.main(["config", config, "--seed", "9"]) == 0
     printed = capsys.readouterr().out
@@ -181,6 +231,8 @@ def test_config_prints_toml_that_resolves_to_itself(config: str, tmp_path: Path,
         ("generate x --temperature nan", ["--temperature", "'nan' is not between 0 and inf"]),
         ("generate x --seed x", ["--seed", "invalid number value: 'x'"]),
         ("report", ["required: RUN"]),
+        ("inspect x --diff y --spectra", ["--diff goes with no other view", "inspect PATH and"]),
+        ("inspect x --html --diff y", ["--diff goes with no other view"]),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(

@@ -65,6 +65,8 @@ def nothing_runs(monkeypatch):
         "minilm.studies.oracle": ("oracle_command",),
         "minilm.studies.blame": ("blame_command",),
         "minilm.inspection": ("describe", "render", "diff", "render_diff"),
+        "minilm.anatomy": ("render",),
+        "minilm.report.inspection": ("write",),
     }
     for module, names in functions.items():
         fake = SimpleNamespace(**dict.fromkeys(names, nothing))

@@ -36,12 +36,16 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One pair of axes: `level` a known bound and its label, `scale` linear, log or share."""
+    """One pair of axes: `level` a known bound and its label, `scale` linear, log or share.
+
+    Without a `legend` another panel of the figure names the lines.
+    """
 
     ylabel: str
     lines: Sequence[Line]
     level: tuple[float | int | None, str] = (None, "")
     scale: str = "linear"
+    legend: bool = True
 
 
 def curves(name: str, xlabel: str, panels: Sequence[Panel], height: float = 2.7) -> Markup | None:
@@ -53,7 +57,7 @@ def curves(name: str, xlabel: str, panels: Sequence[Panel], height: float = 2.7)
         for ax, panel in zip(axes, panels, strict=True):
             _draw_panel(ax, panel)
         axes[-1].set_xlabel(xlabel)
-        if xlabel == "step":
+        if xlabel in ("step", "layer"):
             axes[-1].xaxis.get_major_locator().set_params(integer=True)
 
     return _svg(name, draw, len(panels), height) if panels else None
@@ -113,7 +117,7 @@ def _draw_panel(ax: Any, panel: Panel) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
     if panel.scale == "share":
         ax.set_ylim(-0.03, 1.03)
-    if len(panel.lines) > 1 or bound is not None:
+    if panel.legend and (len(panel.lines) > 1 or bound is not None):
         ax.legend()
 
 

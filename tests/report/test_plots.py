@@ -34,3 +34,9 @@ def test_nothing_to_draw_is_no_figure():
     assert curves("f", "step", [panel([None, None, None]), Panel("x", [])]) is None
     both = curves("f", "step", [panel([1.0, 2.0, 3.0]), panel([None, None, None])])
     assert both and both.count('id="f-axes_') == 1
+
+
+def test_one_legend_can_serve_all_panels():
+    lines = [Line([0, 1], [1.0, 2.0], name, plots.MODEL) for name in ("gate", "up")]
+    svg = curves("f", "layer", [Panel("σ", lines, legend=False), Panel("rank", lines)])
+    assert svg and svg.count(">gate</text>") == 1
