@@ -36,7 +36,8 @@ from minilm.stages.evaluate import language_report
 from minilm.stages.pretrain import LANGUAGE, forward
 from minilm.step import TrainState, init_state, make_train_step
 from minilm.text.batches import Batch, Batches, pack
-from minilm.text.corpora import Document, split
+from minilm.text.corpora import split
+from minilm.text.store import Document, Documents
 from minilm.text.tokenizer import Tokenizer, train_tokenizer
 
 BANK = Path(__file__).parents[1] / "tests/data/curves"
@@ -84,7 +85,7 @@ class Recipe:
 class World(NamedTuple):
     """Documents and a tokenizer."""
 
-    train: list[Document]
+    train: Documents
     held_out: list[Document]
     tokenizer: Tokenizer
 

@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minilm.errors import UserError
 
@@ -19,17 +19,31 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
       UserError: the disk is full or not writable.
     """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which takes the place of another when the block has ended well.
+
+    Raises:
+      UserError: the disk is full or not writable.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            yield file
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write: {error.strerror}", where=path) from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write: {error.strerror}", where=path) from error
+        raise
 
 
 def flush(path: Path) -> None:
@@ -46,8 +60,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, "".join(lines).encode())
+    with replacing(path) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from minilm.text.corpora import split
 from minilm.text.tokenizer import train_tokenizer
 
 LOW, HIGH, STEPS = 1e-5, 10.0, 120  # twenty steps a decade
+CHARACTERS = 2**25  # of a corpus, at most: no range test reads more
 BROKEN = 3.0  # times the first loss: what comes after teaches nothing more
 BELOW_EDGE = 10.0  # how far below the edge of divergence a rate is safe for a whole run
 OUT = Path("runs/lr-range")
@@ -142,11 +143,10 @@ def range_test(
     if corpus.kind == "fables":  # a document a row at least: no more are read
         needed = min(corpus.documents, max(2 * steps * settings.batch_size, 1000))
         corpus = corpus.model_copy(update={"documents": needed})
-    texts = [d.text for d in split(corpus, seed).train]
+    texts = [d.text for d in split(corpus, seed).train.spread(CHARACTERS)]
     tokenizer = train_tokenizer(config.tokenizer, texts)
-    ids = [np.array(x, np.int32) for x in tokenizer.encode_batch(texts)]
     batches = Batches(
-        pack(ids, settings.sequence_length),
+        pack(list(tokenizer.stream(texts)), settings.sequence_length),
         batch_size=settings.batch_size,
         seed=seed,
         make=batch_of if settings.document_attention else batch_across,

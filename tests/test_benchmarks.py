@@ -174,3 +174,18 @@ def test_laws_are_found_again(scaling):
         scaling.Run(1, 1, scaling.UNIT * c, 0.6 + 0.3 * c**-0.5, 0.6) for c in (1, 2, 4, 8, 16)
     ]
     assert scaling.compute_law(curve) == pytest.approx((0.6, 0.3, 0.5), rel=0.1)
+
+
+@pytest.mark.parametrize("form", ["txt", "parquet"])
+def test_tokenising_a_corpus_is_measured_in_a_child_process(form, tmp_path, monkeypatch, capsys):
+    path, out = str(FOLDER / "tokenize_corpus.py"), tmp_path / "found.json"
+    words = ["--gigabytes", "0.0003", "--form", form, "--kind", "bytes", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [path, *words])
+    runpy.run_path(path, run_name="__main__")
+    result = json.loads(capsys.readouterr().out.rstrip().rpartition("\n")[2])
+    assert result == json.loads(out.read_text())
+    assert result["benchmark"] == "tokenize_corpus" and result["form"] == form
+    assert result["mb_per_second"] > 0 and result["tokens_per_second"] > 0 < result["threads"]
+    assert result["characters"] == pytest.approx(300_000, rel=0.1)
+    assert result["tokens"] > result["characters"]  # of bytes, with the ends of documents
+    assert 100 < result["tokenizing_mib"] <= result["peak_mib"] < 4000

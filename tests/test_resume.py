@@ -7,6 +7,7 @@ import pytest
 
 # In the order of a run: the file operation before which the signal comes, and which.
 STOPS = {
+    "before rows have their name": ("*/cache/.tmp-rows-*", 2, SIGKILL),
     "Ctrl-C": ("*/pretrain/checkpoints/.tmp-step_00000010", 1, SIGINT),
     "within a save": ("*/pretrain/checkpoints/.tmp-step_00000020/*", 3, SIGKILL),
     "between evaluation and best": ("*/pretrain/checkpoints/step_*20/*metadata.json*", 2, SIGKILL),
@@ -25,7 +26,7 @@ SAVED = (SIGINT, SIGTERM)  # these save and exit cleanly
 def test_killed_at_chosen_instants_it_ends_the_same(
     tmp_path, tiny, tiny_run, processes, assert_same
 ):
-    """One run, stopped eleven times: within saves, between them, in every stage."""
+    """One run, stopped twelve times: within saves, between them, in every stage."""
     out = tmp_path / "run"
     for name, (pattern, times, number) in STOPS.items():
         done = processes("run", tiny, "--out", out, at=(pattern, times, number))

@@ -12,8 +12,8 @@ from minilm.generate import Samples, generate, left_pad
 from minilm.losses.language import next_token_cross_entropy
 from minilm.model import Transformer, hidden_states, logits
 from minilm.text.batches import Batch, alone
-from minilm.text.corpora import Document
 from minilm.text.fables import parse
+from minilm.text.store import Document
 from minilm.text.tokenizer import Tokenizer
 
 
@@ -38,7 +38,7 @@ def document_losses(
 ) -> DocumentLosses:
     """Each document scored alone, from the start token, its own end-of-text included."""
     totals = np.zeros((3, len(texts)))
-    tokens = tokenizer.encode_batch(list(texts))
+    tokens = tokenizer.stream(texts)
     for batch, owners in alone(tokens, batch_size=32, max_length=max_length, ids=tokenizer):
         losses, counts, right = jax.device_get(_row_losses(model, batch))
         real = owners >= 0

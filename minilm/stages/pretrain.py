@@ -1,5 +1,6 @@
 """Pretraining: text to tokenizer to next-token cross-entropy to a model that writes."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from flax import nnx
 from rich.console import Console
 
 from minilm import backend, checkpoint, parallel
+from minilm.config import TokenizerConfig
 from minilm.files import write_json, write_jsonl
 from minilm.losses.language import next_token_cross_entropy
+from minilm.metrics import Progress
 from minilm.model import Transformer, flops_per_token, hidden_states, logits, parameter_count
 from minilm.objective import Chunked, Objective, Term
 from minilm.optim import make_optimizer, schedule
@@ -21,13 +24,26 @@ from minilm.stages.evaluate import language_report, parse_report, sample, texts_
 from minilm.stages.workspace import Workspace
 from minilm.step import TrainState, init_state, make_train_step
 from minilm.terms import configured
-from minilm.text.batches import Batch, Batches, Growth, batch_across, batch_of, growth_of, tokenize
-from minilm.text.corpora import Document, Split, split
+from minilm.text.batches import (
+    Batch,
+    Batches,
+    Growth,
+    batch_across,
+    batch_of,
+    count_tokens,
+    growth_of,
+    tokenize,
+)
+from minilm.text.corpora import Split, split
 from minilm.text.fables import charges
 from minilm.text.overlap import copied_shares
+from minilm.text.store import Documents
 from minilm.text.tokenizer import train_tokenizer
 from minilm.train import fit
 
+MILLION = 10**6
+TOKENIZER_SAMPLE = 100 * MILLION  # characters: a byte-pair vocabulary changes little with more
+SHOWN = 5 * MILLION  # characters, tokenised in a second or two
 SAMPLE_BATCH = 64  # one shape, so that samples during training and at the end share a compilation
 
 
@@ -68,14 +84,14 @@ def pretrain(ws: Workspace) -> dict:
     """Corpus, tokenizer, training, held-out evaluation. Returns the stage's summary."""
     started = time.monotonic()
     config, folder, seed = ws.config.pretrain, ws.stage("pretrain"), ws.config.seed
-    documents = split(ws.config.corpus, seed)
+    documents = split(ws.config.corpus, seed, ws.out / "cache")
     if checkpoint.latest(folder / "checkpoints") is None:  # else the model knows its ids
-        texts = (d.text for d in documents.train)
+        texts = (d.text for d in tokenizer_sample(documents.train, ws.config.tokenizer))
         train_tokenizer(ws.config.tokenizer, texts).save(ws.tokenizer_file)
     tokenizer, length = ws.tokenizer, config.sequence_length
     batches = training_batches(ws, documents.train)
     _tell_corpus(documents, batches, folder)
-    write_jsonl(folder / "held_out.jsonl", [d._asdict() for d in documents.held_out])
+    write_jsonl(folder / "held_out.jsonl", (d._asdict() for d in documents.held_out))
     optimizer = make_optimizer(config.optimizer, config.steps)
     growth = growth_of(config)
     rows = growth.start // config.accumulation  # larger batches are multiples
@@ -137,11 +153,13 @@ def pretrain(ws: Workspace) -> dict:
     return _report(parallel.whole(state.averaged), ws, documents, record, key)
 
 
+def tokenizer_sample(documents: Documents, config: TokenizerConfig) -> Documents:
+    """What a tokenizer is trained on: of a huge corpus a part; all of it, where letters count."""
+    return documents if config.kind == "characters" else documents.spread(TOKENIZER_SAMPLE)
+
+
 def training_batches(
-    ws: Workspace,
-    documents: list[Document],
-    size: int | Growth | None = None,
-    order: int | None = None,
+    ws: Workspace, documents: Documents, size: int | Growth | None = None, order: int | None = None
 ) -> Batches:
     """What is trained on, step by step.
 
@@ -151,7 +169,18 @@ def training_batches(
     """
     config, seed = ws.config.pretrain, ws.config.seed
     length, cache = config.sequence_length, ws.out / "cache"
-    rows = tokenize(documents, ws.tokenizer, length, cache=cache, seed=seed)
+    characters = documents.characters
+    # What is done in a second needs no line.
+    long = characters > SHOWN
+    shown = Progress("tokenize, million characters", characters // MILLION) if long else None
+    with shown or contextlib.nullcontext():
+
+        def tell(read: int) -> None:
+            if shown:
+                shown.update(read // MILLION, {})
+
+        rows = tokenize(documents, ws.tokenizer, length, cache=cache, seed=seed, tell=tell)
+        tell(characters)
     make = batch_of if config.document_attention else batch_across
     size, order = growth_of(config) if size is None else size, seed if order is None else order
     return Batches(rows, batch_size=size, seed=order, make=make)
@@ -159,8 +188,8 @@ def training_batches(
 
 def _tell_corpus(documents: Split, batches: Batches, folder: Path) -> None:
     """Writes corpus.json and says the same in a line."""
-    tokens = int(np.count_nonzero(batches.rows[:, 1:]))  # all but padding, each a target once
-    characters = sum(len(d.text) for d in documents.train)
+    tokens = count_tokens(batches.rows)
+    characters = documents.train.characters
     report = {**documents.report, "tokens": tokens, "characters_per_token": characters / tokens}
     write_json(folder / "corpus.json", report)
     copies = {"exact": report["exact_duplicates"], "near": report["near_duplicates"]}
@@ -178,7 +207,7 @@ def _report(model, ws: Workspace, documents: Split, record: dict, key) -> dict:
     summary = language_report(model, tokenizer, held_out, max_length=length)
     texts = _write(model, ws, key, config.sample_count)
     write_jsonl(folder / "samples.jsonl", [{"text": t} for t in texts])
-    lengths = [len(ids) for ids in tokenizer.encode_batch([d.text for d in held_out])]
+    lengths = [len(ids) for ids in tokenizer.stream(d.text for d in held_out)]
     usual = np.argmin([abs(n - min(100, length - 1)) for n in lengths])
     text = held_out[usual].text
     if corpus.kind != "fables":

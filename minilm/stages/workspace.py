@@ -15,7 +15,7 @@ from minilm.errors import UserError
 from minilm.files import read_json, read_jsonl, stage_folder
 from minilm.model import Transformer
 from minilm.step import AVERAGE
-from minilm.text.corpora import Document
+from minilm.text.store import Document
 from minilm.text.tokenizer import Tokenizer
 from minilm.trackers import TRACKERS, Tracked, Tracker
 

@@ -19,8 +19,8 @@ from minilm.stages.workspace import Workspace
 from minilm.studies import plots
 from minilm.studies.curves import best_of_doublings
 from minilm.text.batches import alone
-from minilm.text.corpora import Document
 from minilm.text.preferences import Pair, bayes_rates, label_probabilities
+from minilm.text.store import Document
 
 PROMPTS, SAMPLES = 48, 64  # of the search by best-of-n: 3,072 completions
 TRAPS = 5  # examples shown

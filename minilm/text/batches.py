@@ -2,22 +2,25 @@
 
 import bisect
 import hashlib
-import io
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
 from minilm.config import PretrainConfig
 from minilm.errors import UserError
-from minilm.files import write_atomically
-from minilm.text.corpora import Document
-from minilm.text.tokenizer import CHUNK, Tokenizer
+from minilm.files import replacing
+from minilm.text.store import Document
+from minilm.text.tokenizer import Tokenizer
 
 type Rows = Integer[np.ndarray, "N T1"]
+type Ids = Integer[np.ndarray, "_"]
 
+TOLD = 2**20  # characters between two words on progress
 LAYOUT = 2  # of the cached rows: another number makes old files stale
 
 
@@ -130,7 +133,24 @@ class Batches:
             raise IndexError(f"steps count from 0, got {step}")
         first = self._growth.before(step)
         chosen = np.array([self._order[first + i] for i in range(start, stop)], np.int64)
-        return self._make(self.rows[chosen])
+        rows = self.rows[chosen]
+        release(self.rows)
+        return self._make(rows)
+
+
+def release(rows: Rows) -> None:
+    """Gives pages of a mapped file that were read back: they would count as this process's."""
+    if isinstance(rows.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        rows.base.madvise(mmap.MADV_DONTNEED)
+
+
+def count_tokens(rows: Rows) -> int:
+    """All but padding, and but the token that opens a row: each of a document's tokens once."""
+    total = 0
+    for start in range(0, len(rows), 2**12):
+        total += int(np.count_nonzero(rows[start : start + 2**12, 1:] != Tokenizer.pad_id))
+        release(rows)
+    return total
 
 
 def tokenize(
@@ -139,14 +159,21 @@ def tokenize(
     sequence_length: int,
     cache: Path,
     seed: int,
+    tell: Callable[[int], None] = lambda characters: None,
 ) -> Rows:
     """Rows of `sequence_length` + 1 tokens, made once and memory-mapped from `cache`.
 
     Every document reads: end-of-text, text, end-of-text. Documents are packed in an order drawn
-    from `seed`. The file is named by what decides its content, and made again when damaged.
+    from `seed`, each read when its turn comes and written where it belongs, so that memory holds
+    some megabytes of them. The file is named by what decides its content, and made again when
+    damaged; a process that is killed leaves none of that name.
 
+    Args:
+      tell: is given the number of characters that are read, again and again.
+    Returns:
+      uint16 or int32 [N, sequence_length + 1].
     Raises:
-      UserError: the corpus is shorter than one sequence; the cache cannot be written.
+      UserError: the corpus is shorter than one sequence; the cache cannot be written, or is full.
     """
     key = hashlib.sha256(f"{LAYOUT} {tokenizer.digest} {sequence_length} {seed}".encode())
     for document in documents:
@@ -155,24 +182,53 @@ def tokenize(
     rows = _cached(path, sequence_length)
     if rows is not None:
         return rows
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    order = np.random.default_rng((seed, 5)).permutation(len(documents))
-    encoded: list[np.ndarray] = []
-    for start in range(0, len(order), CHUNK):  # lists of Python integers are large
-        texts = [documents[i].text for i in order[start : start + CHUNK]]
-        encoded += [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts)]
-    total = sum(len(ids) + 1 for ids in encoded)  # each with its end-of-text
-    if total < sequence_length:
-        raise UserError(
-            f"the corpus is shorter than one sequence: {total} tokens to train on, "
-            f"{sequence_length} needed",
-            where="pretrain.sequence_length",
-            value=sequence_length,
-            allowed=f"at most {total} with this corpus and tokenizer",
-            hint="give more text, or a shorter sequence",
-        )
-    _store(path, pack(encoded, sequence_length))
+    total = 0
+
+    def texts() -> Iterator[str]:
+        read = told = 0
+        for i in np.random.default_rng((seed, 5)).permutation(len(documents)):
+            text = documents[i].text
+            read += len(text)
+            yield text
+            if read - told >= TOLD:
+                tell(told := read)
+
+    def encoded() -> Iterator[Ids]:
+        nonlocal total
+        for ids in tokenizer.stream(texts()):
+            total += len(ids) + 1  # each with its end-of-text
+            yield ids
+
+    with replacing(path) as file:
+        header = _header(file, tokenizer.dtype, (0, sequence_length + 1))
+        width = (sequence_length + 1) * np.dtype(tokenizer.dtype).itemsize
+        count = 0
+        for row, column, piece in _laid(encoded(), sequence_length):
+            file.seek(header + row * width + column * piece.itemsize)
+            file.write(piece.tobytes())
+            count = max(count, row + 1)
+        if total < sequence_length:
+            raise UserError(
+                f"the corpus is shorter than one sequence: {total} tokens to train on, "
+                f"{sequence_length} needed",
+                where="pretrain.sequence_length",
+                value=sequence_length,
+                allowed=f"at most {total} with this corpus and tokenizer",
+                hint="give more text, or a shorter sequence",
+            )
+        file.truncate(header + count * width)  # what nothing was written to reads as 0: padding
+        file.seek(0)
+        _header(file, tokenizer.dtype, (count, sequence_length + 1))
     return np.load(path, mmap_mode="r")
+
+
+def _header(file: BinaryIO, dtype: type[np.generic], shape: tuple[int, int]) -> int:
+    """Writes that of a .npy, which is as long whatever the number of rows. Returns its end."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    return file.tell()
 
 
 def _cached(path: Path, length: int) -> Rows | None:
@@ -189,48 +245,54 @@ def _cached(path: Path, length: int) -> Rows | None:
     return rows if whole and rows.ndim == 2 and rows.shape[1] == length + 1 else None
 
 
-def _store(path: Path, rows: Rows) -> None:
-    file = io.BytesIO()
-    np.save(file, rows)
-    write_atomically(path, file.getvalue())
-
-
-def pack(encoded: Sequence[Integer[np.ndarray, "_"]], length: int) -> Rows:
+def pack(encoded: Sequence[Ids], length: int) -> Rows:
     """Documents laid into rows of `length` + 1 ids; each of their tokens is a target once.
 
     A document that fits stays whole, in the fullest row that has room (best fit); the closing
     end-of-text of one is the opening one of the next. A longer one is cut into windows that
     overlap by one token; its last window opens a row that takes others after it. Padding is last.
     """
-    eos = Tokenizer.eos_id
-    rows: list[list[np.ndarray]] = []
-    rooms: list[tuple[int, int]] = []  # (targets that still fit, row), sorted
-    for ids in encoded:
-        piece = np.concatenate([[eos], ids, [eos]])
-        fits = len(piece) <= length + 1
-        while len(piece) > length + 1:
-            rows.append([piece[: length + 1]])
-            piece = piece[length:]
-        need = len(piece) - 1
-        at = bisect.bisect_left(rooms, (need, 0)) if fits else len(rooms)
-        if at < len(rooms):
-            room, row = rooms.pop(at)
-            rows[row].append(piece[1:])
-        else:
-            room, row = length, len(rows)
-            rows.append([piece])
-        if room > need:
-            bisect.insort(rooms, (room - need, row))
+    laid = list(_laid(encoded, length))
+    count = max((row + 1 for row, _, _ in laid), default=0)
     dtype = encoded[0].dtype if encoded else np.int32
-    packed = np.full((len(rows), length + 1), Tokenizer.pad_id, dtype)
-    for row, pieces in zip(packed, rows, strict=True):
-        laid = np.concatenate(pieces)
-        row[: len(laid)] = laid
+    packed = np.full((count, length + 1), Tokenizer.pad_id, dtype)
+    for row, column, piece in laid:
+        packed[row, column : column + len(piece)] = piece
     return packed
 
 
+def _laid(encoded: Iterable[Ids], length: int) -> Iterator[tuple[int, int, Ids]]:
+    """What `pack` writes, as (row, column, ids). It remembers rows with room, not contents."""
+    eos, count = Tokenizer.eos_id, 0
+    rooms: list[list[int]] = [[] for _ in range(length)]  # by targets that fit still: heaps of rows
+    filled = 0  # bit n is set where rooms[n] has rows
+    for ids in encoded:
+        piece = np.full(len(ids) + 2, eos, ids.dtype)
+        piece[1:-1] = ids
+        fits = len(piece) <= length + 1
+        while len(piece) > length + 1:
+            yield count, 0, piece[: length + 1]
+            count += 1
+            piece = piece[length:]
+        need = len(piece) - 1
+        enough = filled >> need << need if fits else 0
+        if enough:
+            room = (enough & -enough).bit_length() - 1  # the least
+            row = heapq.heappop(rooms[room])
+            if not rooms[room]:
+                filled ^= 1 << room
+            yield row, length + 1 - room, piece[1:]
+        else:
+            room, row = length, count
+            count += 1
+            yield row, 0, piece
+        if room > need:
+            heapq.heappush(rooms[room - need], row)
+            filled |= 1 << (room - need)
+
+
 def alone(
-    token_lists: Sequence[Sequence[int]], *, batch_size: int, max_length: int, ids: Tokenizer
+    token_lists: Iterable[Sequence[int] | Ids], *, batch_size: int, max_length: int, ids: Tokenizer
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
     """Each document by itself, from the start token, its own end-of-text included.
 
@@ -240,9 +302,10 @@ def alone(
     Yields:
       A batch and the document of each of its rows, -1 at rows that only fill the batch.
     """
-    pieces: list[tuple[int, list[int]]] = []
+    pieces: list[tuple[int, np.ndarray]] = []  # of arrays: lists would be ten times as large
     for n, tokens in enumerate(token_lists):
-        whole = [ids.eos_id, *tokens, ids.eos_id]
+        whole = np.full(len(tokens) + 2, ids.eos_id, ids.dtype)
+        whole[1:-1] = tokens
         pieces += [(n, whole[i : i + max_length + 1]) for i in range(0, len(whole) - 1, max_length)]
     pieces.sort(key=lambda p: len(p[1]))
     for start in range(0, len(pieces), batch_size):

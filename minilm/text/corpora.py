@@ -1,16 +1,22 @@
 """Where text comes from: the fables grammar, local files, the hub, CPython's own manual."""
 
+import codecs
+import contextlib
+import gc
 import glob
+import itertools
 import logging
 import os
 import tempfile
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from minilm.choices import choose
 from minilm.config import Corpus, FablesCorpus, FoundCorpus, HubCorpus, PydocCorpus, TextCorpus
@@ -18,89 +24,114 @@ from minilm.errors import UserError
 from minilm.text.cleaning import clean
 from minilm.text.fables import stories
 from minilm.text.formats import whole
+from minilm.text.store import Document, Documents, Store
+from minilm.text.tokenizer import cut
 
 FEW = 20  # a corpus of fewer documents is split by position
+LONGEST = 2**24  # characters of a document; a longer one is read as several
+HELD_OUT = 2**24  # characters that are held out at most: all of them are in memory and are judged
+BLOCK = 2**20  # bytes of a file read at once
 
-
-class Document(NamedTuple):
-    """One text. `logprob` is exact, in nats, where the world knows it."""
-
-    text: str
-    id: str
-    logprob: float | None = None
+type Numbers = Int[np.ndarray, "_"]
 
 
 class Split(NamedTuple):
-    """`report` says what was read and dropped: see `split`."""
+    """`train` is read from a file, `held_out` in memory; `report` says what was dropped."""
 
-    train: list[Document]
+    train: Documents
     held_out: list[Document]
     report: dict[str, int | None]
 
 
-def split(corpus: Corpus, seed: int) -> Split:
+def split(corpus: Corpus, seed: int, folder: Path | None = None) -> Split:
     """Training and held-out documents, apart by document; few documents are split by position.
 
-    A text that is held out is not trained on either, however often the corpus has it.
+    A text that is held out is not trained on either, however often the corpus has it. Texts beyond
+    LONGEST are several documents; what is held out has no more than HELD_OUT characters, or is one
+    document, and the rest of its share is trained on.
 
+    Args:
+      folder: where documents are kept while they are needed, if not in the system's folder.
     Returns:
       With a report: `documents` and `characters` read, `empty` ones, which are dropped,
       `exact_duplicates` and `near_duplicates` (None where not asked), dropped if
       `corpus.duplicates` says so, and `held_out_copies` dropped from training.
     Raises:
-      UserError: an empty corpus, or whatever its source raises.
+      UserError: an empty corpus, a full disk, or whatever its source raises.
     """
-    read = list(choose(CORPORA, corpus.kind, "corpus.kind")(corpus, seed))
-    full = [d for d in read if d.text.strip()]
-    documents, exact, near = clean(
-        full, corpus.duplicates if isinstance(corpus, FoundCorpus) else "keep"
+    store = Store(folder)
+    read = characters = empty = 0
+    for document in choose(CORPORA, corpus.kind, "corpus.kind")(corpus, seed):
+        read += 1
+        characters += len(document.text)
+        if document.text.strip():
+            for part in _parts(document):
+                store.append(part)
+        else:
+            empty += 1
+    everything = Documents(store, np.arange(len(store)))
+    kept, exact, near = clean(
+        (d.text for d in everything),
+        store.fingerprints,
+        corpus.duplicates if isinstance(corpus, FoundCorpus) else "keep",
     )
-    if not documents:
+    if not len(kept):
         raise UserError("the corpus has no text", where=f"corpus.kind {corpus.kind}")
-    by = _by_position if len(documents) < FEW else _by_document
-    train, held_out = by(documents, corpus.held_out, seed)
-    known = {d.text for d in held_out}
-    kept = [d for d in train if d.text not in known]
+    by = _by_position if len(kept) < FEW else _by_document
+    train, held_out = by(store, kept, corpus.held_out, seed)
+    marks = store.fingerprints
+    chosen = train[~np.isin(marks[train], marks[held_out])]
     report = {
-        "documents": len(read),
-        "characters": sum(len(d.text) for d in read),
-        "empty": len(read) - len(full),
+        "documents": read,
+        "characters": characters,
+        "empty": empty,
         "exact_duplicates": exact,
         "near_duplicates": near,
-        "held_out_copies": len(train) - len(kept),
-        "training_documents": len(kept),
+        "held_out_copies": len(train) - len(chosen),
+        "training_documents": len(chosen),
         "held_out_documents": len(held_out),
     }
-    return Split(kept, held_out, report)
+    return Split(Documents(store, chosen), list(Documents(store, held_out)), report)
+
+
+def _parts(document: Document) -> Iterator[Document]:
+    """A document, or what a very long one is cut into."""
+    if len(document.text) <= LONGEST:
+        yield document
+        return
+    for number, part in enumerate(cut(document.text, LONGEST)):
+        yield Document(part, f"{document.id}[{number}]")
 
 
 def _by_document(
-    documents: list[Document], held_out: float, seed: int
-) -> tuple[list[Document], list[Document]]:
+    store: Store, kept: Numbers, held_out: float, seed: int
+) -> tuple[Numbers, Numbers]:
     """A random share. The held-out half stays shuffled: any first part of it is a fair sample."""
-    order = np.random.default_rng((seed, 3)).permutation(len(documents))
-    count = max(1, round(held_out * len(documents)))
-    return ([documents[i] for i in sorted(order[count:])], [documents[i] for i in order[:count]])
+    order = kept[np.random.default_rng((seed, 3)).permutation(len(kept))]
+    share = order[: max(1, round(held_out * len(order)))]
+    count = max(1, np.searchsorted(store.sizes[share].cumsum(), HELD_OUT, side="right"))
+    return np.sort(order[count:]), order[:count]
 
 
 def _by_position(
-    documents: list[Document], held_out: float, seed: int
-) -> tuple[list[Document], list[Document]]:
+    store: Store, kept: Numbers, held_out: float, seed: int
+) -> tuple[Numbers, Numbers]:
     """The last share of the characters, in order; the document at the border is cut in two."""
-    total = sum(len(d.text) for d in documents)
-    border = total - max(1, round(held_out * total))
-    train: list[Document] = []
-    rest: list[Document] = []
-    for document in documents:
-        if border >= len(document.text):
-            train.append(document)
+    total = store.sizes[kept].sum()
+    border = total - min(max(1, round(held_out * total)), max(1, HELD_OUT))
+    train: list[int] = []
+    rest: list[int] = []
+    for number, size in zip(kept, store.sizes[kept], strict=True):
+        if border >= size:
+            train.append(number)
         elif border <= 0:
-            rest.append(document)
+            rest.append(number)
         else:
-            train.append(Document(document.text[:border], f"{document.id}[:{border}]"))
-            rest.append(Document(document.text[border:], f"{document.id}[{border}:]"))
-        border -= len(document.text)
-    return train, rest
+            text, name, _ = store[int(number)]
+            train.append(store.append(Document(text[:border], f"{name}[:{border}]")))
+            rest.append(store.append(Document(text[border:], f"{name}[{border}:]")))
+        border -= size
+    return np.array(train, np.int64), np.array(rest, np.int64)
 
 
 def fables(corpus: FablesCorpus, seed: int) -> Iterator[Document]:
@@ -127,20 +158,23 @@ def text(corpus: TextCorpus, seed: int) -> Iterator[Document]:
         choose(READERS, suffix, f"corpus.files {path}: suffix")
         if suffix == ".txt":
             # Not through `datasets`, which opens files in text mode and so rewrites \r\n as \n.
-            whole = _utf8(path)
-            parts = [whole] if corpus.separator is None else whole.split(corpus.separator)
-            names = [str(path)] if len(parts) == 1 else [f"{path}#{n}" for n in range(len(parts))]
-            yield from map(Document, parts, names)
+            parts = _separated(_utf8(path), corpus.separator)
+            first, second = next(parts), next(parts, None)
+            if second is None:
+                yield Document(first, str(path))
+                continue
+            for number, part in enumerate(itertools.chain((first, second), parts)):
+                yield Document(part, f"{path}#{number}")
         else:
             yield from _rows(path, suffix, corpus.column)
 
 
 # Suffix to the reader of `datasets` and its options. Texts such as "NA" are no missing values.
-READERS: dict[str, tuple[str, dict[str, bool]]] = {
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
     ".jsonl": ("json", {}),
     ".csv": ("csv", {"keep_default_na": False}),
-    ".parquet": ("parquet", {}),
+    ".parquet": ("parquet", {"batch_size": 1024}),  # not a row group, of which one may be the file
 }
 
 
@@ -162,38 +196,61 @@ def matches(pattern: str) -> list[Path]:
     return found
 
 
-def _utf8(path: Path) -> str:
-    """The text of a file, every character kept."""
-    data = _bytes(path)
-    if 0 in data:
-        raise UserError(
-            f"a binary file: NUL at byte {data.index(0)}", where=path, allowed="UTF-8 text"
-        )
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8 at byte {error.start}",
-            where=path,
-            value=data[error.start : error.start + 8],
-            allowed="UTF-8 text",
-            hint=f"convert it: iconv -f WINDOWS-1252 -t UTF-8 '{path}'",
-        ) from None
+def _utf8(path: Path) -> Iterator[str]:
+    """The text of a file in blocks, every character kept."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    for data in itertools.chain(_bytes(path), [b""]):
+        if 0 in data:
+            raise UserError(
+                f"a binary file: NUL at byte {start + data.index(0)}",
+                where=path,
+                allowed="UTF-8 text",
+            )
+        waiting = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+        try:
+            yield decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"not UTF-8 at byte {start - waiting + error.start}",
+                where=path,
+                value=error.object[error.start : error.start + 8],
+                allowed="UTF-8 text",
+                hint=f"convert it: iconv -f WINDOWS-1252 -t UTF-8 '{path}'",
+            ) from None
+        start += len(data)
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path) -> Iterator[bytes]:
+    empty = True
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            while data := file.read(BLOCK):
+                empty = empty and not data.strip()
+                yield data
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}", where=path) from error
-    if not data.strip():
+    if empty:
         raise UserError("the file is empty", where=path)
-    return data
+
+
+def _separated(blocks: Iterator[str], separator: str | None) -> Iterator[str]:
+    """What lies between separators, one text at least; of a very long one parts of it."""
+    left = ""
+    margin = len(separator or "")  # of a separator the end may not have been read yet
+    for block in blocks:
+        *whole, left = (left + block).split(separator) if separator else [left + block]
+        yield from whole
+        while len(left) > LONGEST + margin:
+            part = next(cut(left, LONGEST))
+            yield part
+            left = left[len(part) :]
+    yield left
 
 
 def _rows(path: Path, suffix: str, column: str) -> Iterator[Document]:
-    """The rows of a table. The copy that `datasets` makes of them is thrown away."""
-    (_bytes if suffix == ".parquet" else _utf8)(path)
+    """The rows of a table, some thousands in memory at a time."""
+    for _ in (_bytes if suffix == ".parquet" else _utf8)(path):
+        pass  # what is wrong with its bytes is said before any row
     reader, options = READERS[suffix]
     with tempfile.TemporaryDirectory() as cache:
         yield from _documents(
@@ -201,6 +258,7 @@ def _rows(path: Path, suffix: str, column: str) -> Iterator[Document]:
                 reader,
                 data_files=glob.escape(str(path.resolve())),
                 split="train",
+                streaming=True,  # else its copy in Arrow is mapped into memory
                 cache_dir=cache,
                 **options,
             ),
@@ -259,11 +317,13 @@ def _documents(
     datasets.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        for number, row in enumerate(load(datasets), 1):
-            if limit is not None and number > limit:
-                return
-            yield Document(_text_of(row, column, where, number), f"{where}#{number}")
+        with contextlib.closing(iter(load(datasets))) as rows:
+            for number, row in enumerate(itertools.islice(rows, limit), 1):
+                yield Document(_text_of(row, column, where, number), f"{where}#{number}")
     except (UserError, GeneratorExit):
+        with warnings.catch_warnings():  # pandas leaves a table open that is not read to its end
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
         raise
     except Exception as error:  # network, name, split, format: each raises types of its own
         reason = str(error.__cause__ or error).strip() or type(error).__name__

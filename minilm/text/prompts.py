@@ -9,7 +9,7 @@ import numpy as np
 
 from minilm.config import Config
 from minilm.errors import UserError
-from minilm.text.corpora import Document
+from minilm.text.store import Document
 from minilm.text.tokenizer import Tokenizer
 
 SENTENCE_END = re.compile(r'[.!?]["”’]?(?=\s)')

@@ -24,6 +24,7 @@ from minilm.objective import Objective
 from minilm.stages import pretrain, reward, rlhf
 from minilm.stages.workspace import open_run
 from minilm.text import batches, corpora
+from minilm.text.store import Documents, Store
 
 
 class Mutant(NamedTuple):
@@ -160,7 +161,9 @@ def _leaked(patch, run):
 
     def split(corpus, seed):
         halves = original(corpus, seed)
-        return halves._replace(train=halves.train + halves.held_out[:3])
+        store = Store()
+        numbers = [store.append(d) for d in (*halves.train, *halves.held_out[:3])]
+        return halves._replace(train=Documents(store, np.array(numbers)))
 
     patch.setattr("minilm.audit.setting.split", split)
 

@@ -10,8 +10,8 @@ from minilm.config import ModelConfig, TokenizerConfig
 from minilm.generate import Samples, generate
 from minilm.model import Transformer, hidden_states, logits
 from minilm.stages import evaluate as e
-from minilm.text.corpora import Document
 from minilm.text.fables import stories
+from minilm.text.store import Document
 from minilm.text.tokenizer import train_tokenizer
 
 TINY = ModelConfig(

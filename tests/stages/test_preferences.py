@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from minilm.configfile import load
-from minilm.text.corpora import Document
 from minilm.text.fables import gold
 from minilm.text.prompts import prompt_sets
+from minilm.text.store import Document
 from minilm.text.tokenizer import Tokenizer
 
 

@@ -11,7 +11,7 @@ from minilm.errors import UserError
 from minilm.files import write_json, write_jsonl
 from minilm.model import Transformer
 from minilm.stages.workspace import Workspace, load_model
-from minilm.text.corpora import Document
+from minilm.text.store import Document
 from minilm.text.tokenizer import train_tokenizer
 
 TINY = ModelConfig(

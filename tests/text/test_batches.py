@@ -1,7 +1,11 @@
 """Rows and batches: every token a target once, documents apart, batch k a function of (seed, k)."""
 
+import io
 import itertools
+import re
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +14,18 @@ from hypothesis import strategies as st
 
 from minilm.config import TokenizerConfig
 from minilm.errors import UserError
-from minilm.text.batches import Batches, Growth, alone, batch_across, batch_of, pack, tokenize
-from minilm.text.corpora import Document
+from minilm.text import batches
+from minilm.text.batches import (
+    Batches,
+    Growth,
+    alone,
+    batch_across,
+    batch_of,
+    count_tokens,
+    pack,
+    tokenize,
+)
+from minilm.text.store import Document
 from minilm.text.tokenizer import Tokenizer, train_tokenizer
 
 PAD, EOS = Tokenizer.pad_id, Tokenizer.eos_id
@@ -130,7 +144,7 @@ TEXTS = [f"story {i} ends" for i in range(40)]
 
 def test_rows_are_tokenised_once(tmp_path, monkeypatch):
     first = stored(tmp_path, TEXTS)
-    monkeypatch.setattr(Tokenizer, "encode_batch", None)  # would fail if called
+    monkeypatch.setattr(Tokenizer, "stream", None)  # would fail if called
     assert np.array_equal(stored(tmp_path, TEXTS), first)
     assert isinstance(first, np.memmap)
     assert first.dtype == np.uint16
@@ -188,6 +202,95 @@ def test_a_cache_that_cannot_be_written_is_a_users_error(tmp_path):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
         stored(tmp_path, TEXTS)
+
+
+def test_a_full_disk_is_a_users_error_and_leaves_no_rows(tmp_path, file_limit):
+    file_limit(10_000)
+    with pytest.raises(UserError, match="cannot write: File too large"):
+        stored(tmp_path, TEXTS * 100)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_tokenising_that_is_interrupted_leaves_no_rows(tmp_path, monkeypatch):
+    whole = np.array(stored(tmp_path / "other", TEXTS))
+    (cache,) = (tmp_path / "other").iterdir()
+    (name,) = (path.name for path in cache.iterdir())
+
+    def interrupted(self, texts):
+        yield np.array([2, 3], np.uint16)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stored(tmp_path, TEXTS)
+    assert list((tmp_path / "cache").iterdir()) == []
+    # Killed, it leaves what has another name, and is written over.
+    (tmp_path / "cache" / f".tmp-{name}").write_bytes((cache / name).read_bytes()[:-20] + b"x" * 99)
+    assert np.array_equal(stored(tmp_path, TEXTS), whole)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [name]
+
+
+def test_tokenising_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "TOLD", 100)
+    documents = [Document(t, "") for t in TEXTS]
+    told: list[int] = []
+    tokenize(documents, BYTES, 16, cache=tmp_path, seed=0, tell=told.append)
+    assert told == sorted(told) and len(told) > 3
+    assert 0 <= sum(map(len, TEXTS)) - told[-1] < 120
+
+
+def test_rows_are_those_of_pack(tmp_path):
+    texts = ["".join("ab"[i % 2] for i in range(n)) for n in range(1, 90)]
+    rows = stored(tmp_path, texts, length=20, seed=4)
+    order = np.random.default_rng((4, 5)).permutation(len(texts))
+    expected = pack([np.array(BYTES.encode(texts[i]), np.uint16) for i in order], 20)
+    assert np.array_equal(rows, expected)
+    buffer = io.BytesIO()
+    np.save(buffer, expected)
+    assert next((tmp_path / "cache").iterdir()).read_bytes() == buffer.getvalue()
+
+
+def best_fit(sizes: list[int], length: int) -> list[list[int]]:
+    """By the definition: the documents of each row, all rows looked at for each."""
+    rows: list[list[int]] = []
+    for n, size in enumerate(sizes):
+        rooms = [length - sum(sizes[i] for i in row) for row in rows]
+        fitting = [(room, r) for r, room in enumerate(rooms) if room >= size]
+        if fitting:
+            rows[min(fitting)[1]].append(n)
+        else:
+            rows.append([n])
+    return rows
+
+
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=60))
+def test_packing_is_best_fit_by_its_definition(sizes):
+    # Document n is made of the id n + 2 alone; its end takes a place too.
+    rows = pack([np.full(size - 1, n + 2) for n, size in enumerate(sizes) if size > 1], 16)
+    found = [list(dict.fromkeys(int(t) - 2 for t in row if t > EOS)) for row in rows]
+    numbers = [n for n, size in enumerate(sizes) if size > 1]
+    expected = best_fit([sizes[n] for n in numbers], 16)
+    assert found == [[numbers[i] for i in row] for row in expected]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count elsewhere")
+def test_pages_that_were_read_are_given_back(tmp_path):
+    rows = stored(tmp_path, TEXTS * 2000, length=256)
+    found = Batches(rows, batch_size=4, seed=0)  # imports what it needs
+    mapped = rows.nbytes // 1024
+
+    def resident() -> int:
+        return int(re.findall(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+    before = resident()
+    assert int(np.asarray(rows).sum()) > 0
+    assert resident() - before > mapped // 2
+    assert count_tokens(rows) == sum(len(t.encode()) + 1 for t in TEXTS) * 2000
+    assert resident() - before < mapped // 2
+    np.asarray(rows).sum()
+    assert len(found[0].tokens) == 4
+    assert resident() - before < mapped // 2
 
 
 ROWS = pack(numbered(30, 3, 15), 16)

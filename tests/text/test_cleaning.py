@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from minilm.text.cleaning import clean
-from minilm.text.corpora import Document
+from minilm.text.cleaning import Cleaned, clean, fingerprint
 
 
-def documents(*texts: str) -> list[Document]:
-    return [Document(text, str(i)) for i, text in enumerate(texts)]
+def cleaned(*texts: str, duplicates) -> Cleaned:
+    return clean(texts, np.array([fingerprint(t) for t in texts], np.uint64), duplicates)
 
 
 def words(seed: int, count: int = 200) -> list[str]:
@@ -25,13 +24,13 @@ HALF = " ".join(words(0)[:100] + words(2)[:100])
     [("keep", [0, 1, 2, 3, 4], None), ("exact", [0, 1, 3, 4], None), ("near", [0, 1, 4], 1)],
 )
 def test_which_copies_are_dropped(duplicates, kept, near):
-    found = clean(documents(ONE, OTHER, ONE, NEARLY, HALF), duplicates)
-    assert [int(d.id) for d in found.documents] == kept  # the first stays
+    found = cleaned(ONE, OTHER, ONE, NEARLY, HALF, duplicates=duplicates)
+    assert found.kept.tolist() == kept  # the first stays
     assert (found.exact, found.near) == (1, near)
 
 
 def test_short_texts_are_alike_only_when_their_words_are():
-    assert clean(documents("a b", "a  b", "a c", "", "b"), "near").near == 1
+    assert cleaned("a b", "a  b", "a c", "", "b", duplicates="near").near == 1
 
 
 def test_the_estimate_of_similarity_is_near_the_true_one():
@@ -40,5 +39,5 @@ def test_the_estimate_of_similarity_is_near_the_true_one():
     base = [" ".join(words(i)) for i in range(300)]
     halves = [" ".join(words(i)[:130] + words(1000 + i)[:70]) for i in range(300)]
     close = [" ".join([*words(i)[:-2], "x", "y"]) for i in range(300)]
-    assert clean(documents(*base, *halves), "near").near == 0
-    assert clean(documents(*base, *close), "near").near == 300
+    assert cleaned(*base, *halves, duplicates="near").near == 0
+    assert cleaned(*base, *close, duplicates="near").near == 300

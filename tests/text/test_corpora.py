@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from minilm.config import FablesCorpus, HubCorpus, PydocCorpus, TextCorpus
 from minilm.errors import UserError
 from minilm.text import corpora
-from minilm.text.corpora import Document, split
+from minilm.text.corpora import split
 from minilm.text.fables import parse
+from minilm.text.store import Document
 
 
 def documents_of(*files, column: str = "text") -> list[Document]:
@@ -177,7 +178,7 @@ def test_a_row_without_text_is_named(tmp_path):
 def test_blank_rows_are_no_documents(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ["", " \n"] + ["x", "y"] * 15])
     halves = split(TextCorpus(files=(str(path),)), 0)
-    assert {d.text for d in halves.train + halves.held_out} == {"x", "y"}
+    assert {d.text for d in [*halves.train, *halves.held_out]} == {"x", "y"}
     with pytest.raises(UserError, match="no text"):
         split(TextCorpus(files=(str(write_jsonl(path, [{"text": ""}])),)), 0)
 
@@ -283,7 +284,7 @@ def test_a_share_of_the_documents_is_held_out_whole(monkeypatch, count, share, e
     texts = [f"text {i}" for i in range(count)]
     halves = split(corpus_of(monkeypatch, texts, share), 5)
     assert len(halves.held_out) == expected
-    assert Counter(d.text for d in halves.train + halves.held_out) == Counter(texts)
+    assert Counter(d.text for d in [*halves.train, *halves.held_out]) == Counter(texts)
 
 
 def test_the_seed_decides_which(monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 
 from minilm.config import Config, PromptsConfig, TokenizerConfig
 from minilm.errors import UserError
-from minilm.text.corpora import Document
 from minilm.text.prompts import opening, prompt_sets
+from minilm.text.store import Document
 from minilm.text.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(TokenizerConfig(kind="bytes"), [])
