@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from minilm.choices import choose
+from minilm.errors import UserError
 
 
 def attend(
@@ -24,10 +25,13 @@ def attend(
       kind: a row of `KINDS`, or "auto": cuDNN's where a GPU can do it, else "plain".
 
     Raises:
-      UserError: no such kind.
+      UserError: no such kind, or not on this machine.
     """
-    if kind == "auto":
-        kind = chosen(str(q.dtype), q.shape[-1])
+    if kind == "auto":  # with a mask cuDNN's gradient takes even lengths alone
+        kind = "plain" if q.shape[1] % 2 or k.shape[1] % 2 else chosen(str(q.dtype), q.shape[-1])
+    elif kind == "cudnn" and jax.default_backend() != "gpu":
+        problem, where = "cuDNN needs an NVIDIA GPU", "model.attention"
+        raise UserError(problem, where=where, value=kind, allowed="auto, plain, xla")
     return choose(KINDS, kind, "model.attention")(q, k, v, mask)
 
 
@@ -44,7 +48,7 @@ def chosen(dtype: str, head_dim: int) -> str:
 
     try:
         jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(heads, heads, heads, mask).compile()
-    except Exception:  # float32, an odd width, an old card or no cuDNN: each has its own type
+    except (NotImplementedError, ValueError, RuntimeError):  # float32, an old card, no cuDNN
         return "plain"
     return "cudnn"
 

@@ -18,7 +18,10 @@ class Command(NamedTuple):
 
 
 def command_line(*first: str) -> int:
-    """What a shell calls: `main` with its words after `first`, in a process with large pages."""
+    """What a shell calls: `main` with its words after `first`.
+
+    For any command but help the process starts again with large pages, where they are to be had.
+    """
     words = [*first, *sys.argv[1:]]
     if words and words[0] in COMMANDS and not {"-h", "--help"} & set(words):
         memory.restart()

@@ -65,8 +65,13 @@ def dump(config: Config) -> str:
 
 
 def sections(config: Config, names: Sequence[str]) -> dict[str, Any]:
-    """Resolved JSON-able values of the named sections or dotted keys, for hashing."""
+    """Resolved JSON-able values of the named sections or dotted keys, for hashing.
+
+    Without what says how a model is computed: a run may go on otherwise, on another device say.
+    """
     document = config.model_dump(mode="json")
+    for how in ("attention", "remat", "scan_layers"):
+        del document["model"][how]
     return {name: functools.reduce(dict.__getitem__, name.split("."), document) for name in names}
 
 

@@ -39,8 +39,15 @@ def environment(
 def restart() -> None:
     """Starts this program again with the `environment`, once; returns where there is no reason to.
 
-    Call it before anything has been done.
+    Call it before anything has been done. A host that runs us as a script (a notebook, `runpy`,
+    standard input) is not this program, and goes on.
     """
-    if more := environment():
+    name, *words = sys.argv
+    ours = Path(name).is_file() and (
+        name in sys.orig_argv or sys.orig_argv[1:3] == ["-m", "minilm"]
+    )
+    same = not words or sys.orig_argv[-len(words) :] == words
+    privileged = sys.platform != "win32" and os.getuid() != os.geteuid()  # loses what it is given
+    if ours and same and not privileged and (more := environment()):
         os.environ.update(more)  # so that the next time there is nothing to add
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

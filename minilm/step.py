@@ -131,8 +131,8 @@ def make_train_step(
       ema_decay: of the average that `init_state` began, if not 0: see `moving_average`.
       log_layers: whether metrics hold the gradient's and the update's size, layer by layer.
       apart: trained terms whose gradients are taken by themselves, each clipped to so many times
-        the length of the others' together; at most 1, and a step never points against those. Not
-        with a `balancing` rule that reads norms.
+        the length of the others' together; a single one at 1 or less never turns a step against
+        those. Not with a `balancing` rule that reads norms.
       mesh: that the state lies on: see `minilm.parallel`.
     Returns:
       (state, batch) -> (state, metrics). A non-finite gradient changes nothing but the counters

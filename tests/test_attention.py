@@ -77,6 +77,21 @@ def test_a_cpu_attends_plainly():
     assert chosen("bfloat16", 64) == "plain"
 
 
+def test_cudnn_without_a_gpu_is_a_users_mistake():
+    q, k, v, mask = (jnp.asarray(x) for x in drawn())
+    with pytest.raises(UserError, match="NVIDIA GPU"):
+        attend(q, k, v, mask, "cudnn")
+
+
+def test_an_odd_length_is_never_given_to_cudnn(monkeypatch):
+    """JAX refuses the gradient of a masked one; RLHF's rows are of any length."""
+    monkeypatch.setattr("minilm.attention.chosen", lambda dtype, head_dim: "cudnn")
+    q, k, v, mask = drawn()
+    wide = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    out = attend(*wide, jnp.asarray(mask))
+    np.testing.assert_allclose(out, reference(q, k, v, mask), atol=2e-6)
+
+
 def test_a_misspelt_kind_is_named():
     q, k, v, mask = (jnp.asarray(x) for x in drawn())
     with pytest.raises(UserError, match=r"did you mean 'plain'"):

@@ -140,6 +140,15 @@ def test_cudnn_attention_is_taken_in_bfloat16_and_trains_as_the_plain_one_does()
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, plain)), atol=3e-2)
 
 
+def test_the_gradient_of_an_odd_length_is_there_too():
+    q, k, v = (
+        x.astype(jnp.bfloat16) for x in jax.random.normal(jax.random.key(1), (3, 2, 63, 4, 16))
+    )
+    mask = jnp.tril(jnp.ones((63, 63), bool))[None]
+    pay = jax.grad(lambda q: jnp.sum(attend(q, k, v, mask).astype(jnp.float32) ** 2))
+    assert np.isfinite(np.asarray(pay(q), np.float32)).all()
+
+
 def test_the_backend_is_configured_on_a_gpu_without_flags_for_cpus(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     choice = backend.configure(BackendConfig(compute_dtype="bfloat16"))

@@ -61,6 +61,15 @@ print(json.dumps([os.getpid(), sys.argv[1:], os.environ["GLIBC_TUNABLES"]]))
 """
 
 
+def test_a_host_that_reads_a_script_is_not_started_again():
+    """From standard input there is nothing left to read; a notebook's kernel would be gone."""
+    clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    code = CHILD.replace('os.environ["GLIBC_TUNABLES"]', 'os.environ.get("GLIBC_TUNABLES")')
+    words = [sys.executable, "-", "one"]
+    done = subprocess.run(words, input=code, env=clean, capture_output=True, text=True, timeout=60)
+    assert done.stdout.rstrip().endswith('["one"], null]'), done.stderr
+
+
 def test_a_restart_keeps_the_process_and_its_words(tmp_path):
     script = tmp_path / "a child.py"
     script.write_text(CHILD)

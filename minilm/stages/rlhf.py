@@ -119,7 +119,7 @@ def pretraining_rows(ws: Workspace, count: int) -> Callable[[int], Batch] | None
     stored = checkpoint.metadata(checkpoint.find(ws.stage("pretrain")))["config"]["pretrain"]
     cut = PretrainConfig.model_validate_json(json.dumps(stored))
     ws = dataclasses.replace(ws, config=ws.config.model_copy(update={"pretrain": cut}))
-    documents = split(ws.config.corpus, seed).train
+    documents = split(ws.config.corpus, seed, ws.out / "cache").train
     order = int(np.random.default_rng((seed, 1000 + config.seed)).integers(2**32))
     return training_batches(ws, documents, count, order).__getitem__
 
@@ -264,6 +264,9 @@ def make_step(
     """
     size, parts = config.prompts_per_step * config.group_size, config.accumulation
     apart = {PTX: config.ptx_clip} if PTX in aim.trained else {}
+    if set(aim.trained) == set(apart):
+        problem, hint = "nothing else is trained, so there is nothing to clip by", "run sft instead"
+        raise UserError(problem, where="rlhf.ptx_coef", value=config.ptx_coef, hint=hint)
     forward, dials = make_forward(config, width), {"accumulation": parts, "apart": apart}
     update = make_train_step(forward, aim, optimizer, **dials)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Integer
 
 from minilm.config import PretrainConfig
 from minilm.errors import UserError
-from minilm.files import replacing
+from minilm.files import TEMPORARY, replacing
 from minilm.text.store import Document
 from minilm.text.tokenizer import Tokenizer
 
@@ -199,6 +199,8 @@ def tokenize(
             total += len(ids) + 1  # each with its end-of-text
             yield ids
 
+    for left in cache.glob(f"{TEMPORARY}rows-*"):  # by a process that was killed
+        left.unlink()
     with replacing(path) as file:
         header = _header(file, tokenizer.dtype, (0, sequence_length + 1))
         width = (sequence_length + 1) * np.dtype(tokenizer.dtype).itemsize

@@ -60,11 +60,12 @@ def split(corpus: Corpus, seed: int, folder: Path | None = None) -> Split:
       UserError: an empty corpus, a full disk, or whatever its source raises.
     """
     store = Store(folder)
-    read = characters = empty = 0
+    read = characters = empty = texts = 0
     for document in choose(CORPORA, corpus.kind, "corpus.kind")(corpus, seed):
         read += 1
         characters += len(document.text)
         if document.text.strip():
+            texts += 1
             for part in _parts(document):
                 store.append(part)
         else:
@@ -77,7 +78,8 @@ def split(corpus: Corpus, seed: int, folder: Path | None = None) -> Split:
     )
     if not len(kept):
         raise UserError("the corpus has no text", where=f"corpus.kind {corpus.kind}")
-    by = _by_position if len(kept) < FEW else _by_document
+    # A long text's parts are one text: its end is held out, not one from between the others.
+    by = _by_position if min(texts, len(kept)) < FEW else _by_document
     train, held_out = by(store, kept, corpus.held_out, seed)
     marks = store.fingerprints
     chosen = train[~np.isin(marks[train], marks[held_out])]
@@ -265,6 +267,7 @@ def _rows(path: Path, suffix: str, column: str) -> Iterator[Document]:
             column,
             where=path,
             hint=f"is it a {suffix} file?",
+            guessed=suffix == ".csv",
         )
 
 
@@ -308,9 +311,19 @@ def _reachable() -> bool:
 
 
 def _documents(
-    load: Callable, column: str, *, where: object, hint: str, limit: int | None = None
+    load: Callable,
+    column: str,
+    *,
+    where: object,
+    hint: str,
+    limit: int | None = None,
+    guessed: bool = False,
 ) -> Iterator[Document]:
-    """The texts in a column of what `load(datasets)` gives."""
+    """The texts in a column of what `load(datasets)` gives.
+
+    Args:
+      guessed: types are, part by part, so that a part of digits alone gives numbers.
+    """
     import datasets  # two seconds: only where it is used
 
     datasets.disable_progress_bars()
@@ -319,6 +332,9 @@ def _documents(
     try:
         with contextlib.closing(iter(load(datasets))) as rows:
             for number, row in enumerate(itertools.islice(rows, limit), 1):
+                value = row.get(column)
+                if guessed and number > 1 and isinstance(value, int | float):
+                    row = row | {column: str(value)}
                 yield Document(_text_of(row, column, where, number), f"{where}#{number}")
     except (UserError, GeneratorExit):
         with warnings.catch_warnings():  # pandas leaves a table open that is not read to its end

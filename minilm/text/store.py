@@ -50,7 +50,8 @@ class Store:
 
     def append(self, document: Document) -> int:
         """Keeps a document. Returns its number, counted from 0."""
-        data = json.dumps(document).encode()
+        # As UTF-8, for its size; halves of a surrogate pair, which are none, as they are.
+        data = json.dumps(document, ensure_ascii=False).encode(errors="surrogatepass")
         try:
             self._file.seek(self._ends[-1])
             self._file.write(data)
@@ -68,7 +69,8 @@ class Store:
         start, end = self._ends[number], self._ends[number + 1]
         try:
             self._file.seek(start)
-            return Document(*json.loads(self._file.read(end - start)))
+            data = self._file.read(end - start).decode(errors="surrogatepass")
+            return Document(*json.loads(data))
         except OSError as error:
             raise self._failed(error) from error
 

@@ -209,7 +209,8 @@ def cut(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-_PLACE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+# Whitespace that every splitter of the library knows as such.
+_PLACE = re.compile(r".*\S(?=[ \n\t\r\f\v\u00a0\u3000])", re.DOTALL)
 
 
 def _read(path: Path) -> hf.Tokenizer:

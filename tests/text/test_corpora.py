@@ -170,6 +170,13 @@ def test_a_column_of_numbers_is_refused(tmp_path, suffix):
     assert "column 'text' of row 1 is not text but int" in error_of(path)
 
 
+def test_a_csv_whose_later_part_is_all_digits_is_text(tmp_path):
+    """`datasets` reads 10,000 rows at a time and guesses the type of each part."""
+    texts = [*(f"a {i}" for i in range(10_000)), *map(str, range(10_000, 10_020))]
+    path = write_csv(tmp_path / "a.csv", [{"text": t} for t in texts])
+    assert texts_of(path) == texts
+
+
 def test_a_row_without_text_is_named(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": None}])
     assert "row 2 is not text but NoneType" in error_of(path)
@@ -324,6 +331,15 @@ def test_one_long_text_is_cut_where_its_last_share_begins(monkeypatch):
     assert (head.id, tail.id) == ("0[:95]", "0[95:]")
     assert head.logprob is None  # of the whole text, not of a part
     assert tail.logprob is None
+
+
+def test_of_a_long_text_in_parts_the_end_is_held_out(monkeypatch):
+    monkeypatch.setattr(corpora, "LONGEST", 10)
+    whole = " ".join(f"{i:03d}" for i in range(100))  # 399 characters in forty parts
+    halves = split(corpus_of(monkeypatch, [whole], 0.1), 0)
+    tail = "".join(d.text for d in halves.held_out)
+    assert len(tail) == 40 and whole.endswith(tail)
+    assert "".join(d.text for d in halves.train) + tail == whole
 
 
 def test_conversations_and_instructions_are_read_without_a_text_column(tmp_path):
