@@ -127,7 +127,7 @@ def test_scaling_prints_speeds_losses_and_laws(scaling, tmp_path, monkeypatch, c
     assert "chinchilla" in table
     result = json.loads(line)
     assert result["speeds"][0]["tokens_per_second"] > 0
-    assert [run["tokens"] for run in result["runs"]] == [12 * 224, 24 * 224, 8 * 224, 16 * 224]
+    assert [run["tokens"] for run in result["runs"]] == [n * 16 * 112 for n in (12, 24, 8, 16)]
     assert all(run["loss"] > run["floor"] > 0 for run in result["runs"])
     assert result["fits"]["exact_floor"] == result["runs"][0]["floor"]
     assert (tmp_path / "law.png").stat().st_size > 1000
