@@ -162,7 +162,8 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
             prompt = chosen[:shared]  # the conversation, of which `prompt` is the last question
         else:
             shared = 0
-        asked = prompt if isinstance(prompt, str) else _flat(prompt)
+        asked: Any = prompt
+        asked = _flat(asked) if asked == [] or _messages(asked) else asked
         texts = {"prompt": asked, "chosen": _flat(chosen[shared:])}
         return row | texts | {"rejected": _flat(rejected[shared:])}
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):

@@ -156,6 +156,7 @@ def test_trls_own_form_is_read_and_extra_keys_are_ignored():
     assert pairs_from(rows, "x") == [Pair("p", "a", "b")]
 
 
+SAID = {"role": "assistant", "content": "a"}
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
@@ -164,6 +165,10 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
     [
         ({"prompt": "p", "chosen": "a"}, "missing field 'rejected'"),
         (GOOD | {"chosen": 3}, "'chosen' must be a text"),
+        (
+            {"prompt": {"role": -2}, "chosen": [SAID], "rejected": [SAID | {"content": "b"}]},
+            "'prompt' must be a text",
+        ),
         (
             GOOD | {"rejected": GOOD["chosen"]},
             "'chosen' and 'rejected' are the same text: there is nothing to prefer",
