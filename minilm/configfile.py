@@ -67,12 +67,14 @@ def dump(config: Config) -> str:
 def sections(config: Config, names: Sequence[str]) -> dict[str, Any]:
     """Resolved JSON-able values of the named sections or dotted keys, for hashing.
 
-    Without what says how a model is computed: a run may go on otherwise, on another device say.
+    The model's is without what says how it is computed: a run may go on otherwise, on another
+    device say.
     """
     document = config.model_dump(mode="json")
+    found = {name: functools.reduce(dict.__getitem__, name.split("."), document) for name in names}
     for how in ("attention", "remat", "scan_layers"):
-        del document["model"][how]
-    return {name: functools.reduce(dict.__getitem__, name.split("."), document) for name in names}
+        found.get("model", {}).pop(how, None)
+    return found
 
 
 def defaults(config: Config) -> set[str]:

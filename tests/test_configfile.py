@@ -249,3 +249,13 @@ def test_sections_are_resolved_values_that_json_can_hold():
         "pretrain.optimizer.name": "adamw",
         "seed": 0,
     }
+
+
+def test_how_a_model_is_computed_is_not_what_it_is(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("")
+    words = ["--model.remat", "true", "--model.attention", "plain"]
+    plain, other = configfile.load(path), configfile.load(path, words)
+    assert plain.model != other.model
+    assert configfile.sections(plain, ["model"]) == configfile.sections(other, ["model"])
+    assert configfile.sections(other, ["model.remat"]) == {"model.remat": True}
