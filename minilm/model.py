@@ -98,11 +98,11 @@ def lowest_layers(model: Transformer, count: int) -> Transformer:
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, one array a layer.
 
-    Attending sums over an axis that is not the last: on CPU a decode step of 64 rows takes half
-    the time of matrix products on [B, S, K, H].
+    A token's are rows of H numbers: with H and S exchanged, writing them would touch H lines of
+    memory each, and takes as long as attending (docs/log.md).
     """
 
-    keys: tuple[Float[Array, "B K H S"], ...]
+    keys: tuple[Float[Array, "B K S H"], ...]
     values: tuple[Float[Array, "B K S H"], ...]
 
 
@@ -117,7 +117,7 @@ def hidden_states(
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     mask = causal[None] & (segments[:, :, None] == segments[:, None, :])
-    return _run(model, tokens, jnp.arange(length), mask)[0]
+    return _run(model, tokens, _rotary(jnp.arange(length), model.config), mask)[0]
 
 
 def logits(model: Transformer, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
@@ -153,10 +153,9 @@ def prefill(
     """
     length = tokens.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))[None] & valid[:, None, :]
-    hidden, keys, values = _run(model, tokens, jnp.arange(length), mask)
-    room = ((0, 0), (0, 0), (0, 0), (0, capacity - length))
-    keys = tuple(jnp.pad(k.transpose(0, 2, 3, 1), room) for k in keys)
-    values = tuple(jnp.pad(v.transpose(0, 2, 3, 1), room).swapaxes(2, 3) for v in values)
+    hidden, keys, values = _run(model, tokens, _rotary(jnp.arange(length), model.config), mask)
+    room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
+    keys, values = (tuple(jnp.pad(x.swapaxes(1, 2), room) for x in rows) for rows in (keys, values))
     return hidden[:, -1], Cache(keys, values)
 
 
@@ -169,7 +168,10 @@ def decode(
 ) -> tuple[Float[Array, "B D"], Cache]:
     """One more token at position `index` of every row, whose `valid` already includes it."""
     mask = valid[:, None, :]
-    hidden, keys, values = _run(model, token[:, None], index[None], mask, cache, index)
+    # From a table, since a fused loop takes the sine of one angle anew for each row and head.
+    table = _rotary(jnp.arange(valid.shape[1]), model.config)
+    row = tuple(jax.lax.dynamic_slice_in_dim(angles, index, 1) for angles in table)
+    hidden, keys, values = _run(model, token[:, None], row, mask, cache, index)
     return hidden[:, 0], Cache(keys, values)
 
 
@@ -179,7 +181,7 @@ def cast(model: Transformer) -> Transformer:
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, model)
 
 
-def _run(model: Transformer, tokens, positions, mask, cache: Cache | None = None, index: Any = 0):
+def _run(model: Transformer, tokens, rotary, mask, cache: Cache | None = None, index: Any = 0):
     """Hidden states; each layer's keys and values, of the tokens or of the cache with them.
 
     Residuals are [R, D] with R = BT: for products of three dimensions XLA's CPU backend transposes
@@ -187,7 +189,6 @@ def _run(model: Transformer, tokens, positions, mask, cache: Cache | None = None
     """
     config, shape = model.config, tokens.shape
     x = model.embed_tokens[...].astype(model.compute_dtype)[tokens.reshape(-1)]
-    rotary = _rotary(positions, config)
 
     def whole(x, layer: Block):
         q, k, v = _project(layer, x, shape, rotary, config)
@@ -196,7 +197,7 @@ def _run(model: Transformer, tokens, positions, mask, cache: Cache | None = None
     def one(x, layer: Block, keys, values):
         q, k, v = _project(layer, x, shape, rotary, config)
         write = jax.lax.dynamic_update_slice_in_dim
-        k = write(keys, k.transpose(0, 2, 3, 1), index, axis=3)
+        k = write(keys, k.swapaxes(1, 2), index, axis=2)
         v = write(values, v.swapaxes(1, 2), index, axis=2)
         return _feed(layer, x, attend_cache(q, k, v, mask)), (k, v)
 

@@ -67,7 +67,7 @@ def test_one_query_on_a_cache_reads_what_the_whole_reads():
     q, k, v, _ = drawn(3)
     mask = np.ones((B, T, T), bool)
     wide = [jnp.asarray(x, jnp.float32) for x in (q[:, -1:], k, v)]
-    keys, values = wide[1].transpose(0, 2, 3, 1), wide[2].swapaxes(1, 2)
+    keys, values = (x.swapaxes(1, 2) for x in wide[1:])
     out = attend_cache(wide[0], keys, values, jnp.asarray(mask[:, -1:]))
     np.testing.assert_allclose(out[:, 0], reference(q, k, v, mask)[:, -1], atol=2e-6)
 
