@@ -108,7 +108,7 @@ def attend_cache(
     values: Float[Array, "B K S H"],
     mask: Bool[Array, "B 1 S"],
 ) -> Float[Array, "B 1 NH"]:
-    """The same for one query a row, by sums: XLA's CPU backend takes twice as long for products."""
+    """The same for one query a row, by sums: on CPU products take longer (docs/log.md)."""
     batch, _, n, h = q.shape
     wide = q.reshape(batch, keys.shape[1], -1, 1, h).astype(jnp.float32)
     scores = jnp.sum(wide * keys[:, :, None].astype(jnp.float32), axis=-1)  # [B, K, G, S]

@@ -98,8 +98,8 @@ def lowest_layers(model: Transformer, count: int) -> Transformer:
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, one array a layer.
 
-    A token's are rows of H numbers: with H and S exchanged, writing them would touch H lines of
-    memory each, and takes as long as attending (docs/log.md).
+    A token's are rows of H numbers: with H and S exchanged, writing a key would touch H lines of
+    memory and take twice as long (docs/log.md).
     """
 
     keys: tuple[Float[Array, "B K S H"], ...]
