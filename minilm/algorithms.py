@@ -1,6 +1,6 @@
 """RL algorithms as rows: an advantage estimator, terms, where KL enters, what is averaged over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from minilm.advantages import (
     to_go,
     whiten,
 )
+from minilm.choices import choose
 from minilm.config import RLHFConfig
+from minilm.errors import UserError
 from minilm.losses.policy import (
     approx_kl,
     clip_fraction,
@@ -33,13 +35,24 @@ PerToken = Float[Array, "B R"]
 PTX = "loss/ptx"  # next-token loss on pretraining rows, whatever the algorithm
 
 
+class Price(NamedTuple):
+    """How leaving the reference is paid for: an estimator of KL, in each token's reward or a loss.
+
+    In the reward any estimator serves; as a loss only k2 has KL's own gradient, k3 that of the
+    KL the other way round, and k1 none on average (tests/studies/test_exact.py).
+    """
+
+    place: Literal["reward", "loss"]
+    estimator: Literal["k1", "k2", "k3"]
+
+
 class Algorithm(NamedTuple):
     """A row."""
 
     # (rewards [B, R], rollout, config) -> (advantages [B, R], returns [B, R] | None)
     advantages: Callable[[PerToken, Rollout, RLHFConfig], tuple[PerToken, PerToken | None]]
-    terms: dict[str, float | str]  # trained ones and their weights, or the config key of one
-    kl_in_reward: Literal["k1", "k2", "k3"] | None  # the estimator in each token's reward
+    terms: Mapping[str, float | str]  # trained ones and their weights, or the config key of one
+    kl: Price | None  # None: the algorithm knows no price
     critic: bool  # whether the policy carries a value head, trained by the term `value`
     # What weighs the same: every token, every sequence, every token as a share of the longest
     # possible sequence ("slot"), or every token that has an advantage at all ("chosen").
@@ -71,9 +84,9 @@ def token_rewards(
     positions = jnp.arange(rollout.mask.shape[1])[None, :]
     last = positions == jnp.sum(rollout.mask, axis=1, keepdims=True) - 1
     rewards = jnp.where(last, score[:, None], 0.0)
-    if algorithm.kl_in_reward is None:
+    if algorithm.kl is None or algorithm.kl.place == "loss":
         return rewards
-    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator=algorithm.kl_in_reward)
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, estimator=algorithm.kl.estimator)
     return rewards - kl_coef * jnp.where(rollout.mask, kl, 0.0)
 
 
@@ -107,30 +120,57 @@ def _whitened_to_go(rewards, rollout, config):
 
 
 _grpo = _of_group(group_z_score)
-_clipped = {"clipped_surrogate": 1.0, "kl": "kl_coef"}
+_paid, _lost = Price("reward", "k1"), Price("loss", "k3")
+_gradient, _clipped = {"policy_gradient": 1.0}, {"clipped_surrogate": 1.0}
 ALGORITHMS: dict[str, Algorithm] = {
     # Ahmadian et al. (2024), arXiv:2402.14740.
-    "rloo": Algorithm(_of_group(leave_one_out), {"policy_gradient": 1.0}, "k1", False, "token"),
+    "rloo": Algorithm(_of_group(leave_one_out), _gradient, _paid, False, "token"),
     # Shao et al. (2024), arXiv:2402.03300.
-    "grpo": Algorithm(_grpo, _clipped, None, False, "sequence"),
+    "grpo": Algorithm(_grpo, _clipped, _lost, False, "sequence"),
     # Liu et al. (2025), arXiv:2503.20783: neither the spread nor the length divides.
-    "dr_grpo": Algorithm(_of_group(group_mean), _clipped, None, False, "slot"),
+    "dr_grpo": Algorithm(_of_group(group_mean), _clipped, _lost, False, "slot"),
     # Yu et al. (2025), arXiv:2503.14476: tokens weigh the same, rare ones may gain more, no KL;
     # a group of equal scores has advantage 0 and does not count.
     "dapo": Algorithm(_grpo, {"clip_higher": 1.0}, None, False, "chosen"),
     # Williams (1992), with the batch's mean as baseline.
-    "reinforce": Algorithm(_of_batch, {"policy_gradient": 1.0}, "k1", False, "token"),
+    "reinforce": Algorithm(_of_batch, _gradient, _paid, False, "token"),
     # Hu et al. (2025), arXiv:2501.03262.
-    "reinforce++": Algorithm(_whitened_to_go, {"clipped_surrogate": 1.0}, "k1", False, "token"),
+    "reinforce++": Algorithm(_whitened_to_go, _clipped, _paid, False, "token"),
     # Anthony et al. (2017), arXiv:1705.08439: cross-entropy on the best of each group.
     "expert_iteration": Algorithm(
-        _of_group(best_of_group), {"imitation": 1.0}, "k1", False, "chosen"
+        _of_group(best_of_group), {"imitation": 1.0}, _paid, False, "chosen"
     ),
     # Schulman et al. (2017), arXiv:1707.06347; Ziegler et al. (2019), arXiv:1909.08593.
     "ppo": Algorithm(
-        _generalized, {"clipped_surrogate": 1.0, "value": "value_coef"}, "k1", True, "token"
+        _generalized, {"clipped_surrogate": 1.0, "value": "value_coef"}, _paid, True, "token"
     ),
 }
+
+
+def algorithm_of(config: RLHFConfig) -> Algorithm:
+    """The config's row of ALGORITHMS, with KL priced where and as `kl_in`, `kl_estimator` say.
+
+    Where only `kl_in` is given and it is not the row's own place, k1 in the reward, k2 as a loss.
+
+    Raises:
+      UserError: no such row; k1 as a loss; an estimator for a row that prices nothing.
+    """
+    row = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
+    if config.kl_in is None and config.kl_estimator is None:
+        return row
+    place = config.kl_in or (row.kl and row.kl.place)
+    if place is None:
+        problem, hint = f"{config.algorithm} has no price of KL by itself", "give rlhf.kl_in too"
+        raise UserError(problem, where="rlhf.kl_estimator", value=config.kl_estimator, hint=hint)
+    usual = row.kl if row.kl and row.kl.place == place else Price(place, _USUAL[place])
+    chosen = Price(place, config.kl_estimator or usual.estimator)
+    if chosen == ("loss", "k1"):
+        problem, where = "k1 as a loss has no gradient on average", "rlhf.kl_estimator"
+        raise UserError(problem, where=where, value="k1", allowed="k2 or k3, or rlhf.kl_in reward")
+    return row._replace(kl=chosen)
+
+
+_USUAL: dict[str, Literal["k1", "k2"]] = {"reward": "k1", "loss": "k2"}
 
 
 def price(
@@ -206,7 +246,8 @@ def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
         return clipped_surrogate(o.logprobs, b.old_logprobs, b.advantages, **options)
 
     def kl(o: Outputs, b: PolicyBatch):
-        each = kl_estimate(o.logprobs, b.ref_logprobs, estimator="k3")
+        estimator = algorithm.kl.estimator if algorithm.kl else "k3"
+        each = kl_estimate(o.logprobs, b.ref_logprobs, estimator=estimator)
         return jnp.where(b.mask, b.kl_scale[:, None] * each, 0.0)
 
     values = {
@@ -221,6 +262,8 @@ def objective(algorithm: Algorithm, config: RLHFConfig) -> Objective:
     }
     dials = config.model_dump()
     weights = {n: dials[w] if isinstance(w, str) else w for n, w in algorithm.terms.items()}
+    if algorithm.kl and algorithm.kl.place == "loss":
+        weights["kl"] = config.kl_coef
     first = config.value_warmup_steps * config.epochs * config.minibatches
     trained = [Term(f"loss/{n}", _after(first, n, w), values[n], over) for n, w in weights.items()]
     if config.ptx_coef:

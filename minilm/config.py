@@ -80,9 +80,7 @@ class TokenizerConfig(Section):
     @model_validator(mode="after")
     def _one(self) -> "TokenizerConfig":
         if (self.kind == "file") != (self.file is not None):
-            raise ValueError(
-                'file and kind "file" belong together: --tokenizer.kind file --tokenizer.file PATH'
-            )
+            raise ValueError('kind "file" and a file belong together: --tokenizer.file PATH')
         return self
 
 
@@ -104,9 +102,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        if heads % kv_heads:
-            problem = f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads}): "
+        if self.num_heads % (kv := self.num_kv_heads):
+            problem = f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({kv}): "
             raise ValueError(problem + "each key head serves equally many query heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary turns pairs")
@@ -277,6 +274,9 @@ class RLHFConfig(LoopConfig):
     epochs: Positive = 1  # passes over a rollout
     minibatches: Positive = 1
     kl_coef: NonNegative = 0.04
+    # Where its price is paid, and by which estimator; None: as in the algorithm's paper.
+    kl_in: Literal["reward", "loss"] | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
     # Adaptive: kl_coef starts there and moves until KL is so many nats a completion, by at most
     # 0.2 n / kl_horizon a step of n completions. Ziegler et al. (2019), section 2.2. None: fixed.
     kl_target: Rate | None = None

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from minilm.algorithms import ALGORITHMS, Algorithm, next_kl_scale, objective, price, token_rewards
+from minilm.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    algorithm_of,
+    next_kl_scale,
+    objective,
+    price,
+    token_rewards,
+)
 from minilm.config import ModelConfig, RLHFConfig
+from minilm.errors import UserError
 from minilm.generate import generate, left_pad
 from minilm.losses.policy import kl_estimate
 from minilm.model import Transformer
@@ -191,6 +200,45 @@ def test_the_price_enters_where_the_row_has_its_kl():
         assert loss_of(row, outputs, moved) == pytest.approx(expected, rel=1e-5)
 
 
+def chosen(name: str, **keys) -> Algorithm:
+    return algorithm_of(RLHFConfig(algorithm=name, **keys))
+
+
+def test_the_config_says_where_kl_is_paid_and_by_which_estimator():
+    """Paid off the reward like RLOO's, or k2 added to GRPO's loss; other rows follow suit."""
+    rollout = rollout_of(LOGPROBS, REFERENCE, MASK)
+    outputs = Outputs(jnp.asarray(LOGPROBS), jnp.ones((2, 3)), None)
+    gap = np.array([0.5, -1.0, 0.0, 2.0])  # log π / π_ref
+
+    row = chosen("grpo", kl_in="reward")
+    paid = token_rewards(row, rollout, SCORE, 0.5)
+    np.testing.assert_allclose(paid, [[-0.25, 0.5, 2.0], [-2.0, 0, 0]], atol=1e-6)
+    assert "loss/kl" not in objective(row, CONFIG).trained
+
+    free = loss_of(chosen("grpo"), outputs, price(chosen("grpo"), rollout, SCORE, CONFIG))
+    k3 = np.expm1(-gap) + gap
+    for keys in ({"kl_estimator": "k2"}, {"kl_in": "loss", "kl_estimator": "k2"}):
+        row = chosen("grpo", **keys)
+        found = loss_of(row, outputs, price(row, rollout, SCORE, CONFIG))
+        more = [x[:3].mean() / 2 + x[3] / 2 for x in (gap**2 / 2, k3)]
+        assert found - free == pytest.approx(0.5 * (more[0] - more[1]), rel=1e-5)
+
+    row = chosen("rloo", kl_in="loss")
+    assert row.kl == ("loss", "k2")
+    np.testing.assert_allclose(token_rewards(row, rollout, SCORE, 0.5)[:, -1], [2.0, 0.0])
+    assert "loss/kl" in objective(row, CONFIG).trained
+    assert chosen("dapo").kl is None
+    assert chosen("dapo", kl_in="reward").kl == ("reward", "k1")
+    assert chosen("ppo", kl_estimator="k3").kl == ("reward", "k3")
+
+
+def test_a_price_without_effect_is_refused():
+    with pytest.raises(UserError, match="no gradient on average"):
+        chosen("grpo", kl_estimator="k1")
+    with pytest.raises(UserError, match="no price of KL"):
+        chosen("dapo", kl_estimator="k2")
+
+
 def test_diagnostics_are_watched_and_at_the_first_update_say_that_nothing_moved():
     rollout = rollout_of(LOGPROBS, REFERENCE, MASK, np.zeros((2, 3)))
     for algorithm in ALGORITHMS.values():
@@ -204,7 +252,8 @@ def test_diagnostics_are_watched_and_at_the_first_update_say_that_nothing_moved(
         assert found["policy/approxkl_avg"] == found["policy/clipfrac_avg"] == 0
         assert found["policy/entropy_avg"] == pytest.approx(0.7)
         trained = {t.name for t in aim.terms if t.weight}
-        assert trained == {f"loss/{name}" for name in algorithm.terms}
+        priced = {"loss/kl"} if algorithm.kl and algorithm.kl.place == "loss" else set()
+        assert trained == {f"loss/{name}" for name in algorithm.terms} | priced
 
 
 completion = [[2, 3, EOS, PAD], [4, 4, 4, EOS], [3, EOS, PAD, PAD], [2, 2, EOS, PAD]]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minilm import backend
-from minilm.algorithms import ALGORITHMS
+from minilm.algorithms import ALGORITHMS, algorithm_of
 from minilm.audit.checks import Checks, accumulation_is_the_whole_batch, close
 from minilm.audit.setting import Setting
 from minilm.config import OptimizerConfig
@@ -179,13 +179,14 @@ def the_logged_kl_is_the_kl_in_the_loss(setting: Setting) -> tuple[bool, str]:
     logged = collected.metrics["objective/kl"]
     passed, said = close(float(logged.value), gap.sum(1).mean(), 1e-3)
     names = [t.name for t in setting.objective.terms]
-    if "loss/kl" in names:  # k3, in the loss
+    kl = algorithm_of(config).kl
+    if "loss/kl" in names and kl:
         term = setting.objective.terms[names.index("loss/kl")]
         outputs = Outputs(rollout.logprobs, jnp.zeros_like(rollout.logprobs), rollout.values)
         found = np.asarray(term.values(outputs, batch), np.float64)[mask]
-        own = (np.expm1(-gap) + gap)[mask]
+        own = (gap**2 / 2 if kl.estimator == "k2" else np.expm1(-gap) + gap)[mask]
         same, of_loss = close(found, own, 1e-3)
-    elif config.algorithm == "rloo":  # k1, in the reward: the advantages tell
+    elif config.algorithm == "rloo" and kl == ("reward", "k1"):  # the advantages tell
         total = np.asarray(collected.scores, np.float64) - config.kl_coef * gap.sum(1)
         group = total.reshape(-1, config.group_size)
         others = (group.sum(1, keepdims=True) - group) / (config.group_size - 1)

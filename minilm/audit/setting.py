@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minilm import backend
-from minilm.algorithms import ALGORITHMS, objective
-from minilm.choices import choose
+from minilm.algorithms import algorithm_of, objective
 from minilm.config import RLHFConfig
 from minilm.model import Transformer
 from minilm.objective import Objective
@@ -107,7 +106,7 @@ class Policy(NamedTuple):
 def of_rlhf(ws: Workspace) -> Setting:
     """The first rollout, sampled anew from the policy that RLHF began with."""
     config, sizes = ws.config.rlhf, ws.config.prompts
-    algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
+    algorithm = algorithm_of(config)
     reference, reward_model = ws.load(ws.base, scalar_head=False), reward.load_reward_model(ws)
     start = ws.load(ws.base, scalar_head=algorithm.critic)
     collect = rlhf.collector(ws, reference, reward_model)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minilm.algorithms import ALGORITHMS, objective
+from minilm.algorithms import algorithm_of, objective
 from minilm.choices import choose
 from minilm.config import Config
 from minilm.errors import UserError
@@ -23,7 +23,7 @@ def check(config: Config, todo: list[str]) -> None:
     """
     aims = {"pretrain": LANGUAGE, "sft": LANGUAGE, "reward": PREFERENCE}
     if "rlhf" in todo:
-        algorithm = choose(ALGORITHMS, config.rlhf.algorithm, "rlhf.algorithm")
+        algorithm = algorithm_of(config.rlhf)
         if config.rlhf.group_size < 2 and not algorithm.critic:
             problem = f"{config.rlhf.algorithm} compares a completion with others of its prompt"
             raise UserError(problem, where="rlhf.group_size", value=1, allowed="at least 2")

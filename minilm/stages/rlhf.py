@@ -12,15 +12,14 @@ from jaxtyping import Array, Float
 
 from minilm import backend, checkpoint
 from minilm.algorithms import (
-    ALGORITHMS,
     PTX,
     Algorithm,
     PolicyBatch,
+    algorithm_of,
     next_kl_scale,
     objective,
     price,
 )
-from minilm.choices import choose
 from minilm.config import PretrainConfig, RLHFConfig
 from minilm.errors import UserError
 from minilm.generate import Samples, generate
@@ -58,7 +57,7 @@ def rlhf(
       judged: gold as a part of the reward, where `rlhf.judge_weight` asks for it.
     """
     config, sizes = ws.config.rlhf, ws.config.prompts
-    algorithm = choose(ALGORITHMS, config.algorithm, "rlhf.algorithm")
+    algorithm = algorithm_of(config)
     optimizer = make_optimizer(config.optimizer, updates(config))
     policy = ws.load(ws.base, scalar_head=algorithm.critic)
     reference, reward_model = ws.load(ws.base, scalar_head=False), load_reward_model(ws)
@@ -150,7 +149,7 @@ def collector(
     def made(config: RLHFConfig):
         return make_collect(
             config,
-            choose(ALGORITHMS, config.algorithm, "rlhf.algorithm"),
+            algorithm_of(config),
             reference,
             reward_model,
             prompt_rows(prompts, tokenizer, sizes.max_tokens),

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minilm import backend
-from minilm.algorithms import ALGORITHMS
-from minilm.choices import choose
+from minilm.algorithms import algorithm_of
 from minilm.errors import UserError
 from minilm.files import read_json, stage_folder, write_atomically, write_json
 from minilm.report.page import environment
@@ -149,7 +148,7 @@ def completions(ws: Workspace, evaluator: PolicyEvaluator) -> str:
     Colour: log π(token) − log π_ref(token), red where the policy has made a token likelier, blue
     where less likely. Underline: the advantage that the algorithm would give the completion.
     """
-    algorithm = choose(ALGORITHMS, ws.config.rlhf.algorithm, "rlhf.algorithm")
+    algorithm = algorithm_of(ws.config.rlhf)
     collect = collector(ws, evaluator.reference, evaluator.reward_model)(ws.config.rlhf)
     policy = ws.load("rlhf")
     start = ws.load(ws.base, scalar_head=algorithm.critic)
