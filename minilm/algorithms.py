@@ -38,8 +38,9 @@ PTX = "loss/ptx"  # next-token loss on pretraining rows, whatever the algorithm
 class Price(NamedTuple):
     """How leaving the reference is paid for: an estimator of KL, in each token's reward or a loss.
 
-    In the reward any estimator serves; as a loss only k2 has KL's own gradient, k3 that of the
-    KL the other way round, and k1 none on average (tests/studies/test_exact.py).
+    In the reward any estimator serves. As a loss on the policy's own samples k2 has the gradient of
+    KL(π ‖ π₀) between next tokens, k3 that of KL(π₀ ‖ π), and k1 none on average
+    (tests/studies/test_exact.py); none counts what a token does to the prefixes after it.
     """
 
     place: Literal["reward", "loss"]
@@ -53,10 +54,16 @@ class Algorithm(NamedTuple):
     advantages: Callable[[PerToken, Rollout, RLHFConfig], tuple[PerToken, PerToken | None]]
     terms: Mapping[str, float | str]  # trained ones and their weights, or the config key of one
     kl: Price | None  # None: the algorithm knows no price
-    critic: bool  # whether the policy carries a value head, trained by the term `value`
+    # What a reward is compared with: the others of its prompt, all of the batch, or a value head
+    # of the policy's, trained by the term `value`.
+    baseline: Literal["group", "batch", "critic"]
     # What weighs the same: every token, every sequence, every token as a share of the longest
     # possible sequence ("slot"), or every token that has an advantage at all ("chosen").
     over: Literal["token", "sequence", "slot", "chosen"]
+
+    @property
+    def critic(self) -> bool:
+        return self.baseline == "critic"
 
 
 class PolicyBatch(NamedTuple):
@@ -124,25 +131,25 @@ _paid, _lost = Price("reward", "k1"), Price("loss", "k3")
 _gradient, _clipped = {"policy_gradient": 1.0}, {"clipped_surrogate": 1.0}
 ALGORITHMS: dict[str, Algorithm] = {
     # Ahmadian et al. (2024), arXiv:2402.14740.
-    "rloo": Algorithm(_of_group(leave_one_out), _gradient, _paid, False, "token"),
+    "rloo": Algorithm(_of_group(leave_one_out), _gradient, _paid, "group", "token"),
     # Shao et al. (2024), arXiv:2402.03300.
-    "grpo": Algorithm(_grpo, _clipped, _lost, False, "sequence"),
+    "grpo": Algorithm(_grpo, _clipped, _lost, "group", "sequence"),
     # Liu et al. (2025), arXiv:2503.20783: neither the spread nor the length divides.
-    "dr_grpo": Algorithm(_of_group(group_mean), _clipped, _lost, False, "slot"),
+    "dr_grpo": Algorithm(_of_group(group_mean), _clipped, _lost, "group", "slot"),
     # Yu et al. (2025), arXiv:2503.14476: tokens weigh the same, rare ones may gain more, no KL;
     # a group of equal scores has advantage 0 and does not count.
-    "dapo": Algorithm(_grpo, {"clip_higher": 1.0}, None, False, "chosen"),
+    "dapo": Algorithm(_grpo, {"clip_higher": 1.0}, None, "group", "chosen"),
     # Williams (1992), with the batch's mean as baseline.
-    "reinforce": Algorithm(_of_batch, _gradient, _paid, False, "token"),
+    "reinforce": Algorithm(_of_batch, _gradient, _paid, "batch", "token"),
     # Hu et al. (2025), arXiv:2501.03262.
-    "reinforce++": Algorithm(_whitened_to_go, _clipped, _paid, False, "token"),
+    "reinforce++": Algorithm(_whitened_to_go, _clipped, _paid, "batch", "token"),
     # Anthony et al. (2017), arXiv:1705.08439: cross-entropy on the best of each group.
     "expert_iteration": Algorithm(
-        _of_group(best_of_group), {"imitation": 1.0}, _paid, False, "chosen"
+        _of_group(best_of_group), {"imitation": 1.0}, _paid, "group", "chosen"
     ),
     # Schulman et al. (2017), arXiv:1707.06347; Ziegler et al. (2019), arXiv:1909.08593.
     "ppo": Algorithm(
-        _generalized, {"clipped_surrogate": 1.0, "value": "value_coef"}, _paid, True, "token"
+        _generalized, {"clipped_surrogate": 1.0, "value": "value_coef"}, _paid, "critic", "token"
     ),
 }
 

@@ -20,6 +20,7 @@ from minilm.rewards import RewardModel
 from minilm.stages.evaluate import sample, texts_of
 from minilm.stages.reward import load_normalization, member_folders, paid_texts
 from minilm.stages.workspace import load_model
+from minilm.text.formats import plain, plain_text
 from minilm.text.tokenizer import Tokenizer
 
 STAGES = ("reward", "pretrain", "sft", "rlhf")  # of a run: the last policy, else what there is
@@ -122,8 +123,9 @@ class Run:
 def score_command(path: Path, file: Path, out: Path | None) -> None:
     """`minilm score`: rows of a JSON Lines file with the run's rewards, in units of its reference.
 
-    A row with `chosen` and `rejected` gets `reward_chosen`, `reward_rejected` and `preferred`; one
-    with `completion`, or `text`, a `reward`. `prompt` is "" where it is missing.
+    A row with `chosen` and `rejected` gets `reward_chosen`, `reward_rejected` and `preferred`
+    ("chosen", "rejected" or "tie"); one with `completion`, or `text`, a `reward`. `prompt` is ""
+    where it is missing. Texts may be conversations, and pairs have any shape that `plain` knows.
 
     Raises:
       UserError: no rows, or a row that has none of these texts.
@@ -133,7 +135,8 @@ def score_command(path: Path, file: Path, out: Path | None) -> None:
         raise UserError("no rows to score", where=file)
     kinds = [("chosen", "rejected"), ("completion",), ("text",)]
     texts: list[tuple[int, str, str, str]] = []  # row, its key, prompt, completion
-    for number, row in enumerate(rows):
+    for number, found in enumerate(rows):
+        row = {key: plain_text(value) for key, value in plain(found).items()}
         kind = next((k for k in kinds if all(isinstance(row.get(key), str) for key in k)), None)
         if kind is None or not isinstance(row.get("prompt", ""), str):
             allowed = "`chosen` and `rejected`, `completion`, or `text`; and `prompt`"
@@ -142,13 +145,15 @@ def score_command(path: Path, file: Path, out: Path | None) -> None:
         texts += [(number, key, row.get("prompt", ""), row[key]) for key in kind]
     _configure(path)
     rewards = Run(path).score([t[2] for t in texts], [t[3] for t in texts])
+    unrounded: list[dict[str, float]] = [{} for _ in rows]
     for (number, key, _, _), reward in zip(texts, rewards.tolist(), strict=True):
         name = f"reward_{key}" if key in ("chosen", "rejected") else "reward"
+        unrounded[number][key] = reward
         rows[number] |= {name: round(reward, 4)}
-    for row in rows:
-        if "reward_chosen" in row:
-            better = row["reward_chosen"] > row["reward_rejected"]
-            row["preferred"] = "chosen" if better else "rejected"
+    for row, reward in zip(rows, unrounded, strict=True):
+        if "chosen" in reward:
+            gap = reward["chosen"] - reward["rejected"]
+            row["preferred"] = "tie" if gap == 0 else "chosen" if gap > 0 else "rejected"
     if out is not None:
         write_jsonl(out, rows)
         return

@@ -3,7 +3,7 @@
 Each is (outputs, batch, *, options) -> per-element loss, with the stage's own weights of elements.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -85,11 +85,33 @@ def rating(scores, batch):
     return regression.squared_error(scores.every, batch.rating)
 
 
-def ordinal(scores, batch, *, levels: int = 5, low: float = 0.0, high: float = 1.0):
-    """Ratings from `low` to `high` as so many grades."""
+LOW, HIGH = 0.0, 1.0  # of ratings that are shares of votes
+
+
+def ordinal(scores, batch, *, levels: int = 5, low: float = LOW, high: float = HIGH):
+    """Ratings from `low` to `high` as so many grades; `check_grades` has seen that they are."""
     grade = (levels - 1) * (batch.rating - low) / (high - low)
     grades = jnp.clip(jnp.round(grade), 0, levels - 1).astype(jnp.int32)
     return classification.ordinal(scores.every, grades, levels=levels)
+
+
+def check_grades(config: Config, ratings: Sequence[float]) -> None:
+    """Refuses what `ordinal`, where the objective has it, would clip: under jit it cannot look.
+
+    Raises:
+      UserError: `high` is not above `low`, or a rating lies outside them.
+    """
+    row, where = config.objective.get("ordinal"), "objective.ordinal.options"
+    if row is None or (row.stages and "reward" not in row.stages):
+        return
+    low, high = row.options.get("low", LOW), row.options.get("high", HIGH)
+    if isinstance(low, str) or isinstance(high, str) or low >= high:
+        raise UserError("high must be a number above low", where=where, value=row.options)
+    outside = [x for x in ratings if not low <= x <= high]
+    if outside:
+        problem = f"{len(outside)} of {len(ratings)} ratings are not from low to high"
+        allowed, hint = f"{low} to {high}", "low and high are the ends of the raters' scale"
+        raise UserError(problem, where=where, value=outside[0], allowed=allowed, hint=hint)
 
 
 def language_model(scores, batch):
@@ -115,11 +137,12 @@ def _pretraining(batch):
 
 
 def policy_entropy(outputs, batch):
-    return outputs.entropy
+    return jnp.where(batch.mask, outputs.entropy, 0.0)  # dr_grpo counts padding too
 
 
 def reference_kl(outputs, batch, *, estimator: str = "k3"):
-    return policy.kl_estimate(outputs.logprobs, batch.ref_logprobs, estimator=estimator)  # pyright: ignore
+    each = policy.kl_estimate(outputs.logprobs, batch.ref_logprobs, estimator=estimator)  # pyright: ignore
+    return jnp.where(batch.mask, each, 0.0)
 
 
 LANGUAGE: dict[str, Values] = {

@@ -1,6 +1,7 @@
 """The one training loop, which never loses a run."""
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -168,7 +169,8 @@ def fit(
             window = []
             log.log(k + 1, last_metrics)
             progress.update(k + 1, last_metrics, tokens(k + 1, since=k))
-            _check_finite(int(state.extra["skipped_in_a_row"]), loop, title, k + 1)
+            in_a_row = int(state.extra["skipped_in_a_row"])
+            _check_finite(in_a_row, last_metrics, loop, title, k + 1)
             caught = parallel.any_says(signals.caught)
             if saving or caught:
                 save(k + 1, seconds)
@@ -204,15 +206,22 @@ def _restored(found: Path | None, like: TrainState) -> TrainState:
     return checkpoint.restore(found, like) if found else like
 
 
-def _check_finite(in_a_row: int, loop: LoopConfig, title: str, step: int) -> None:
-    if in_a_row >= loop.optimizer.max_skipped:
-        raise UserError(
-            f"{title} diverged: {in_a_row} updates in a row were not finite by step {step}",
-            where=f"{title}.optimizer.learning_rate",
-            value=loop.optimizer.learning_rate,
-            hint="lower the learning rate, lengthen the warm-up, or use compute_dtype float32; "
-            "the checkpoint before the divergence is intact",
-        )
+def _check_finite(
+    in_a_row: int, metrics: Mapping[str, float], loop: LoopConfig, title: str, step: int
+) -> None:
+    if in_a_row < loop.optimizer.max_skipped:
+        return
+    if not math.isfinite(metrics.get("objective/scores", 0.0)):
+        problem = f"{title}, step {step}: what it is paid is not finite, {in_a_row} times in a row"
+        hint = "train it again, at a lower rate: --redo reward"
+        raise UserError(problem, where="reward", hint=hint)
+    raise UserError(
+        f"{title} diverged: {in_a_row} updates in a row were not finite by step {step}",
+        where=f"{title}.optimizer.learning_rate",
+        value=loop.optimizer.learning_rate,
+        hint="lower the learning rate, lengthen the warm-up, or use compute_dtype float32; "
+        "the checkpoint before the divergence is intact",
+    )
 
 
 def _line(head: str, values: Mapping[str, float]) -> str:

@@ -129,3 +129,44 @@ def test_score_names_a_row_that_has_nothing_to_score(tiny_run, tmp_path, capsys)
     said = capsys.readouterr().err
     assert "row 2" in said
     assert "`chosen` and `rejected`" in said
+
+
+def test_score_prefers_by_what_it_does_not_round_away(tiny_run, tmp_path, monkeypatch):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    rows = [{"prompt": "Once", "chosen": f" {n}.", "rejected": f" no {n}."} for n in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = np.array([1.00002, 1.00001, 0.5, 0.5, -0.00001, 0.00001])
+    monkeypatch.setattr(Run, "score", lambda self, prompts, completions: told)
+    assert cli.main(["score", str(tiny_run), "--file", str(file), "--out", str(out)]) == 0
+    scored = rows_of(out)
+    assert [row["preferred"] for row in scored] == ["chosen", "tie", "rejected"]
+    assert scored[0]["reward_chosen"] == scored[0]["reward_rejected"] == 1.0
+
+
+def test_score_reads_conversations_as_training_does(tiny_run, tmp_path, monkeypatch):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+
+    def said(role, text):
+        return {"role": role, "content": text}
+
+    asked = [said("user", "Why?")]
+    answers = {k: [said("assistant", t)] for k, t in (("chosen", " Air."), ("rejected", " No."))}
+    rows = [
+        {"prompt": asked, **answers},
+        {key: [*asked, *answer] for key, answer in answers.items()},
+        {"prompt": asked, "completion": answers["chosen"], "kept": 1},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    def score(self, prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return np.arange(len(prompts), dtype=np.float64)
+
+    monkeypatch.setattr(Run, "score", score)
+    assert cli.main(["score", str(tiny_run), "--file", str(file), "--out", str(out)]) == 0
+    good, bad = ("Why?", " Air."), ("Why?", " No.")
+    assert seen == [good, bad, good, bad, good]
+    *pairs, completion = rows_of(out)
+    assert [pair["preferred"] for pair in pairs] == ["rejected", "rejected"]
+    assert completion == rows[2] | {"reward": 4.0}  # the row itself is left as it was

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from minilm.algorithms import PolicyBatch
 from minilm.config import Config, TermConfig
 from minilm.configfile import load
 from minilm.errors import UserError
 from minilm.objective import Objective
+from minilm.rollout import Outputs
 from minilm.stages.pretrain import LANGUAGE
 from minilm.stages.reward import PREFERENCE, Scores
-from minilm.terms import PENALTIES, TERMS, configured, scheduled
+from minilm.terms import PENALTIES, TERMS, check_grades, configured, scheduled
 from minilm.text.batches import Batch
 
 
@@ -140,3 +142,43 @@ def test_terms_of_pairs_by_hand():
     assert float(margin[1]) == pytest.approx(np.log(2))  # half of it is asked by a 3 to 1 vote
     plain = rows["bradley_terry_margin"](scores, batch, margin=0.0)
     np.testing.assert_allclose(plain, rows["bradley_terry_smoothed"](scores, batch, smoothing=0.0))
+
+
+def test_terms_of_rlhf_are_zero_on_padding():
+    """Dr. GRPO averages over every slot: there padding had entropy and KL too."""
+    mask = jnp.array([[True, True, False]])
+    batch = PolicyBatch(
+        jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32), mask,
+        *(jnp.full((1, 3), x) for x in (-1.0, -3.0, 1.0)), None, None, jnp.ones(1),
+    )  # fmt: skip
+    outputs = Outputs(jnp.full((1, 3), -1.0), jnp.full((1, 3), 2.0), None)
+    for values in TERMS["rlhf"].values():
+        found = values(outputs, batch)
+        assert (found[0, :2] > 0).all()
+        assert found[0, 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "ratings", "said"),
+    [
+        ({"low": 5, "high": 1}, [], "high must be a number above low"),
+        ({"low": 1}, [], "high must be a number above low"),
+        ({"high": "5"}, [], "high must be a number above low"),
+        ({}, [0.5, 3.0], "1 of 2 ratings are not from low to high"),
+        ({"low": 1, "high": 5}, [0.0, 1.0, 5.0], "1 of 3 ratings are not from low to high"),
+    ],
+)
+def test_what_grades_would_clip_is_refused(options, ratings, said):
+    row = {"weight": 1.0, "options": options}
+    config = Config.model_validate({"objective": {"ordinal": row}})
+    with pytest.raises(UserError, match=said) as refused:
+        check_grades(config, ratings)
+    assert refused.value.where == "objective.ordinal.options"
+    check_grades(Config(), ratings)  # nobody reads them
+    elsewhere = {"objective": {"ordinal": row | {"stages": ("rlhf",)}}}
+    check_grades(Config.model_validate(elsewhere), ratings)
+
+
+def test_ratings_up_to_both_ends_are_graded():
+    row = {"weight": 1.0, "options": {"low": 1, "high": 5}}
+    check_grades(Config.model_validate({"objective": {"ordinal": row}}), [1.0, 3.5, 5.0])

@@ -168,6 +168,19 @@ def test_updates_skipped_too_often_in_a_row_stop_with_a_diagnosis(tmp_path):
     assert "loss" in row["nonfinite"]  # what was seen is in the log
 
 
+def test_a_reward_that_is_not_finite_is_not_blamed_on_the_rate(tmp_path):
+    """No learning rate mends a reward model that pays NaN."""
+    loop = LOOP.model_copy(update={"optimizer": OPTIMIZER.model_copy(update={"max_skipped": 3})})
+
+    def step(state, batch):
+        state, metrics = STEP(state, ragged_batch(weight=np.inf))
+        return state, metrics | {"objective/scores": Mean(jnp.float32(np.nan), jnp.float32(1))}
+
+    with pytest.raises(UserError, match="what it is paid is not finite") as caught:
+        run(tmp_path, step=step, loop=loop)
+    assert caught.value.where == "reward"
+
+
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     def evaluate(state):
         return {"validation_loss": abs(float(state.step) - 4)}

@@ -105,7 +105,8 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "kl_blow_up": Remedy(
         "The policy left the reference for more than the reward was worth: raise kl_coef, lower "
-        "the rate, check the sign of the penalty.",
+        "the rate, check the sign of the penalty; where KL is a loss (grpo, dr_grpo), kl_estimator "
+        "k2 holds a policy that k3 does not.",
         "minilm run {config} --redo rlhf --rlhf.kl-coef {kl_coef} "
         "--rlhf.optimizer.learning-rate 1e-4",
     ),

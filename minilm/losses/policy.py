@@ -101,8 +101,9 @@ def kl_estimate(
 
     On tokens sampled from the policy:
     k1 is unbiased, of either sign, of large variance;
-    k2 is biased, never negative, and its gradient is the KL's on average;
-    k3 is unbiased, never negative, of small variance near the reference.
+    k2 is biased, never negative, and its gradient that of the KL between next tokens;
+    k3 is unbiased, never negative, of small variance near the reference; its gradient is that of
+    KL(reference ‖ policy) between next tokens, at most 1 in a token's log-probability.
     The gradient of k1 is 0 on average, so it is a penalty inside a reward, never a loss.
 
     Use: as a leash to a reference model of which only the sampled tokens' log-probabilities are

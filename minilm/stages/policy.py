@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minilm.errors import UserError
 from minilm.files import write_jsonl
 from minilm.generate import Samples
 from minilm.judges import configured
@@ -71,12 +72,22 @@ class PolicyEvaluator:
         return figures
 
     def score(self, model: Transformer, prompts: Sequence[str], *, seed: int) -> Scored:
-        config, tokenizer, sizes = self.ws.config, self.ws.tokenizer, self.ws.config.prompts
-        key = jax.random.fold_in(jax.random.key(config.seed), seed)
+        return self.scored(prompts, self.complete(model, prompts, seed=seed))
+
+    def complete(
+        self, model: Transformer, prompts: Sequence[str], *, seed: int
+    ) -> tuple[np.ndarray, Samples]:
+        """A completion of each prompt, with the prompts as left-padded rows."""
+        sizes = self.ws.config.prompts
+        key = jax.random.fold_in(jax.random.key(self.ws.config.seed), seed)
         limits = {"max_prompt_tokens": sizes.max_tokens, "max_new_tokens": sizes.max_new_tokens}
-        rows, samples = sample(model, tokenizer, prompts, key, **limits)
+        return sample(model, self.ws.tokenizer, prompts, key, **limits)
+
+    def scored(self, prompts: Sequence[str], completed: tuple[np.ndarray, Samples]) -> Scored:
+        """What was completed, with what it is paid."""
+        (rows, samples), tokenizer = completed, self.ws.tokenizer
         texts = texts_of(samples, tokenizer)
-        missing, pad = config.rlhf.missing_eos_score, tokenizer.pad_id
+        missing, pad = self.ws.config.rlhf.missing_eos_score, tokenizer.pad_id
         proxy = proxy_scores(self.reward_model, rows, samples, missing, pad)
         gold = None if self.judge is None else self.judge(list(prompts), texts)
         return Scored(list(prompts), rows, samples, texts, proxy, gold)
@@ -133,13 +144,23 @@ def proxy_scores(
     pad_id: int,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """The normalised learned reward of each completion, as RLHF is paid."""
+    """The normalised learned reward of each completion, as RLHF is paid.
+
+    Raises:
+      UserError: one is not finite.
+    """
 
     def part(*arrays):
         return _proxy(reward_model, *arrays, missing_eos_score)
 
     arrays = (*_joined(rows, samples, pad_id), samples.mask, samples.finished)
-    return batched(part, arrays, batch_size)
+    scores = batched(part, arrays, batch_size)
+    if not np.isfinite(scores).all():
+        problem = "the reward model pays amounts that are not finite"
+        seen = f"{(~np.isfinite(scores)).sum()} of {len(scores)}"
+        hint = "train it again, at a lower rate: --redo reward"
+        raise UserError(problem, where="reward", value=seen, hint=hint)
+    return scores
 
 
 def _joined(rows: np.ndarray, samples: Samples, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,15 +7,17 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from minilm.config import JudgeConfig
+from minilm.choices import bind
+from minilm.config import Config, JudgeConfig
 from minilm.errors import UserError
 from minilm.files import read_jsonl, write_json, write_jsonl
-from minilm.judges import configured
+from minilm.judges import JUDGES, Judge, configured
 from minilm.stages.evaluate import sample, texts_of
 from minilm.stages.workspace import Workspace
 from minilm.text.preferences import (
     Pair,
     bayes_rates,
+    check_completions,
     check_worth_training_on,
     label_pairs,
     label_probabilities,
@@ -33,6 +35,9 @@ def preferences(ws: Workspace) -> dict:
     if len(prompts) < 2:
         problem = "the pairs need at least two different prompts to be split by prompt"
         raise UserError(problem, where=config.file or "preferences", value=len(prompts))
+    if not config.file:
+        where = "judge.name" if config.rater_judge is None else "preferences.rater_judge"
+        check_worth_training_on(pairs, where, config)
     order = np.random.default_rng((ws.config.seed, 21)).permutation(len(prompts))
     count = min(max(1, round(config.held_out * len(prompts))), len(prompts) - 1)
     held = {prompts[i] for i in order[:count]}
@@ -93,20 +98,29 @@ def _seen(ws: Workspace, prompts: list[str], texts: list[str], gold: np.ndarray)
     config = ws.config.preferences
     if config.rater_judge is None and not config.length_bias:
         return None
-    seen = gold
-    if config.rater_judge is not None:
-        judge = JudgeConfig(name=config.rater_judge)
-        judged = configured(ws.config.model_copy(update={"judge": judge}))
-        if judged is None:
-            raise UserError("raters need a judge", where="preferences.rater_judge", value="none")
-        seen = judged(prompts, texts).reshape(gold.shape)
+    judge = rater_judge(ws.config)
+    seen = gold if judge is None else judge(prompts, texts).reshape(gold.shape)
     words = np.array([len(text.split()) for text in texts], np.float64).reshape(gold.shape)
     return seen + config.length_bias * words
+
+
+def rater_judge(config: Config) -> Judge | None:
+    """What raters judge by; None where it is gold.
+
+    Raises:
+      UserError: no such judge, or one that needs options.
+    """
+    name = config.preferences.rater_judge
+    if name is None:
+        return None
+    bind(JUDGES, name, {}, "preferences.rater_judge")  # for a message that names the key
+    return configured(config.model_copy(update={"judge": JudgeConfig(name=name)}))
 
 
 def users_pairs(path: Path) -> list[Pair]:
     """Pairs that somebody else has made; raises UserError where they will not do."""
     pairs = from_file(path)
+    check_completions(pairs, str(path))
     check_worth_training_on(pairs, str(path))
     return pairs
 

@@ -7,12 +7,12 @@ from minilm.choices import choose
 from minilm.config import Config
 from minilm.errors import UserError
 from minilm.judges import configured
-from minilm.stages.preferences import users_pairs
+from minilm.stages.preferences import rater_judge, users_pairs
 from minilm.stages.pretrain import LANGUAGE
 from minilm.stages.reward import PREFERENCE
 from minilm.stages.sft import examples_of
+from minilm.terms import check_grades, known_names
 from minilm.terms import configured as configured_objective
-from minilm.terms import known_names
 
 
 def check(config: Config, todo: list[str]) -> None:
@@ -24,12 +24,20 @@ def check(config: Config, todo: list[str]) -> None:
     aims = {"pretrain": LANGUAGE, "sft": LANGUAGE, "reward": PREFERENCE}
     if "rlhf" in todo:
         algorithm = algorithm_of(config.rlhf)
-        if config.rlhf.group_size < 2 and not algorithm.critic:
+        if config.rlhf.group_size < 2 and algorithm.baseline == "group":
             problem = f"{config.rlhf.algorithm} compares a completion with others of its prompt"
             raise UserError(problem, where="rlhf.group_size", value=1, allowed="at least 2")
         if config.rlhf.value_warmup_steps and not algorithm.critic:
             problem, where = f"{config.rlhf.algorithm} has no critic", "rlhf.value_warmup_steps"
             raise UserError(problem, where=where, value=config.rlhf.value_warmup_steps, allowed="0")
+        if config.rlhf.whiten_rewards and algorithm.baseline == "group":
+            problem = f"{config.rlhf.algorithm} reads a completion's reward as a whole"
+            allowed = "false; tokens' rewards are whitened for ppo and reinforce++"
+            raise UserError(problem, where="rlhf.whiten_rewards", value=True, allowed=allowed)
+        if config.rlhf.kl_target is not None and algorithm.kl is None:
+            problem = f"{config.rlhf.algorithm} has no price of KL that could be adapted"
+            hint = "leave it out, or give rlhf.kl_in too"
+            raise UserError(problem, where="rlhf.kl_target", value=config.rlhf.kl_target, hint=hint)
         if config.rlhf.judge_weight and config.judge.name == "none":
             problem, where = "there is no judge to pay by", "rlhf.judge_weight"
             raise UserError(problem, where=where, value=config.rlhf.judge_weight)
@@ -40,11 +48,15 @@ def check(config: Config, todo: list[str]) -> None:
         configured_objective(aims[stage], stage, config, 10**6)
     if "sft" in todo:
         examples_of(config)
+    ratings: list[float | None] = []
     if "preferences" in todo and config.preferences.file:
-        users_pairs(Path(config.preferences.file))
+        pairs = users_pairs(Path(config.preferences.file))
+        ratings = [x for p in pairs for x in (p.rating_chosen, p.rating_rejected)]
     elif "preferences" in todo and config.judge.name == "none":
         hint = "name a judge, or give your own pairs: --preferences.file FILE.jsonl"
         raise UserError("there is no judge to label pairs", where="judge.name", hint=hint)
+    if "reward" in todo:
+        check_grades(config, [x for x in ratings if x is not None])
     if not {"preferences", "rlhf"} & set(todo):
         return
     corpus, sizes = config.corpus, config.prompts
@@ -62,3 +74,6 @@ def check(config: Config, todo: list[str]) -> None:
             hint = 'name "length", your "module:function" or "none", or stop at --until pretrain'
             raise UserError("knows fables alone", where="judge.name", value="fables", hint=hint)
         gold(["Once upon a time"], [" a fox slept."])
+    simulated = "preferences" in todo and not config.preferences.file
+    if simulated and (raters := rater_judge(config)):
+        raters(["Once upon a time"], [" a fox slept."])

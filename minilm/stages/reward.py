@@ -22,11 +22,12 @@ from minilm.stages.preferences import load_pairs
 from minilm.stages.statistics import cluster_interval, reliability, spearman
 from minilm.stages.workspace import Workspace
 from minilm.step import TrainState, init_state, make_train_step
-from minilm.terms import configured
-from minilm.text.preferences import Pair, label_probabilities
+from minilm.terms import check_grades, configured
+from minilm.text.preferences import Pair, fitting, label_probabilities
 from minilm.text.tokenizer import Tokenizer
 from minilm.train import fit
 
+REFERENCES = 256  # completions that set the scale of a reward learnt from users' pairs, to 6 %
 MAX_GROUP = 8  # completions of a prompt scored together; larger groups fall apart into pairs
 
 
@@ -91,7 +92,7 @@ PREFERENCE = Objective(
 
 def reward(ws: Workspace) -> dict:
     """Trains on the train pairs, evaluates on the held-out ones, stores the normalisation."""
-    pairs, held_out = training_pairs(ws), load_pairs(ws, "held_out")
+    pairs, (held_out, unread) = training_pairs(ws), held_out_pairs(ws)
     members, seconds, left_out = [], 0.0, 0
     for number, folder in enumerate(member_folders(ws.stage("reward"), ws.config.reward.members)):
         batches = Pairs(ws, pairs, number)
@@ -110,11 +111,18 @@ def reward(ws: Workspace) -> dict:
         write_json(folder / "evaluation.json", evaluation | own)
     stored = read_json(folder / "evaluation.json").items()
     figures = {name: value for name, value in stored if not isinstance(value, list | dict)}
-    return figures | {"pairs_left_out": left_out, "seconds": seconds}
+    return figures | {"pairs_left_out": left_out, "held_out_left_out": unread, "seconds": seconds}
 
 
 def training_pairs(ws: Workspace) -> list[Pair]:
     return load_pairs(ws, "train")[: ws.config.reward.max_pairs]
+
+
+def held_out_pairs(ws: Workspace) -> tuple[list[Pair], int]:
+    """The held-out pairs as short as training's, since a text that was cut is another; the rest."""
+    pairs = load_pairs(ws, "held_out")
+    found = fitting(pairs, ws.tokenizer, ws.config.reward.max_tokens, "held-out pairs")
+    return found, len(pairs) - len(found)
 
 
 def member_folders(folder: Path, members: int) -> list[Path]:
@@ -184,6 +192,7 @@ class Pairs:
     def __init__(self, ws: Workspace, pairs: Sequence[Pair], member: int = 0):
         config = ws.config.reward
         self._groups = _groups(pairs, ws.tokenizer, config.max_tokens)
+        check_grades(ws.config, [x for group in self._groups for x in group.ratings])
         self._size, self._shape = config.batch_size, _shape(self._groups)
         self._seed, self._member = ws.config.seed, (member,) if member else ()
         self._per_epoch = -(-len(self._groups) // self._size)
@@ -242,14 +251,16 @@ def evaluate(
 
 
 def _reference_scores(model: Transformer, prompts: list[str], ws: Workspace) -> np.ndarray:
-    """Raw scores of a completion of each prompt by the model before RLHF."""
+    """Raw scores of a completion, uncut, of each of some prompts by the model before RLHF."""
     tokenizer, sizes = ws.tokenizer, ws.config.prompts
+    order = np.random.default_rng((ws.config.seed, 33)).permutation(len(prompts))
+    prompts = [prompts[i] for i in sorted(order[:REFERENCES])]
     key = jax.random.fold_in(jax.random.key(ws.config.seed), 33)
     longest = _rounded(max(map(len, tokenizer.encode_batch(prompts))) + 1)
     limits = {"max_prompt_tokens": longest, "max_new_tokens": sizes.max_new_tokens}
     reference = ws.load(ws.base, scalar_head=False)
     texts = texts_of(sample(reference, tokenizer, prompts, key, **limits)[1], tokenizer)
-    return score_texts(model, tokenizer, prompts, texts, ws.config.reward.max_tokens)
+    return score_texts(model, tokenizer, prompts, texts, longest + sizes.max_new_tokens + 1)
 
 
 def score_texts(
@@ -320,14 +331,9 @@ class _Group(NamedTuple):
 
 def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> list[_Group]:
     """Pairs by prompt, without those that have a longer text."""
-    rows = functools.cache(lambda prompt, text: encode(tokenizer, prompt, text))
     by_prompt: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        if max(len(rows(pair.prompt, t)) for t in (pair.chosen, pair.rejected)) <= max_tokens:
-            by_prompt.setdefault(pair.prompt, []).append(pair)
-    if not by_prompt:
-        problem = f"all {len(pairs)} pairs are longer than the limit"
-        raise UserError(problem, where="reward.max_tokens", value=max_tokens)
+    for pair in fitting(pairs, tokenizer, max_tokens):
+        by_prompt.setdefault(pair.prompt, []).append(pair)
     groups = []
     for prompt, members in by_prompt.items():
         texts = {text for p in members for text in (p.chosen, p.rejected)}
@@ -335,7 +341,7 @@ def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> lis
             several = dict.fromkeys(text for p in part for text in (p.chosen, p.rejected))
             index = {text: i for i, text in enumerate(several)}
             labels = [(index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part]
-            encoded = [rows(prompt, text) for text in index]
+            encoded = [encode(tokenizer, prompt, text) for text in index]
             groups.append(_Group(encoded, labels, _ratings(part, index)))
     return groups
 

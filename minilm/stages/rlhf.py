@@ -181,6 +181,7 @@ def make_collect(
     It is a function of these and the key.
     """
     temperature = config.temperature
+    nat = config.kl_coef if algorithm.kl else 0.0
 
     @backend.keep
     @jax.jit
@@ -202,7 +203,7 @@ def make_collect(
         kl = mean(jnp.sum(gap, axis=1), one)
         metrics = {
             "objective/kl": kl,
-            "objective/kl_coef": Mean(config.kl_coef * kl_scale, jnp.float32(1)),
+            "objective/kl_coef": Mean(nat * kl_scale, jnp.float32(1)),
             "objective/scores": mean(score, one),
             "reward/learned": mean(learned, one),
             "reward/judge": mean(gold, one),

@@ -1,7 +1,7 @@
 """Preference rows of the usual data sets as minilm's own: a prompt and two completions, as text."""
 
 import itertools
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -95,7 +95,7 @@ def _rated_list(row: dict[str, Any], place: str) -> tuple[str, list[tuple[str, f
         texts = [c.get("response", c.get("content")) for c in texts]
     elif "ranks" in row:
         ranks = row["ranks"]
-        ratings = [-x if _real(x) else x for x in ranks] if isinstance(ranks, list) else ranks
+        ratings = [-x if real(x) else x for x in ranks] if isinstance(ranks, list) else ranks
     else:
         ratings = row.get("ratings", row.get("scores"))
     if not (isinstance(texts, list) and isinstance(ratings, list) and len(texts) == len(ratings)):
@@ -111,14 +111,19 @@ def _rated_list(row: dict[str, Any], place: str) -> tuple[str, list[tuple[str, f
 
 
 def _number(value: Any, place: str) -> float:
-    if not _real(value):
+    if not real(value):
         raise UserError("a rating must be a finite number", where=place, value=value)
     return float(value)
 
 
-def _real(value: Any) -> bool:
+def real(value: Any) -> bool:
+    """Whether it is a number that a float can hold: JSON's readers also take NaN, 1e999 and 10⁴⁰⁰.
+
+    >>> [real(x) for x in (3, float("nan"), 10**400, True, "3")]
+    [True, False, False, False, False]
+    """
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _ordered(asked: str, rated: Sequence[tuple[str, float]]) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Preference pairs: the JSON Lines format, Bradley-Terry labels, what can be known of them."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,8 @@ from jaxtyping import Float
 
 from minilm.config import PreferencesConfig
 from minilm.errors import UserError
-from minilm.text.formats import pairwise, plain
+from minilm.text.formats import pairwise, plain, real
+from minilm.text.tokenizer import Tokenizer
 
 
 class Pair(NamedTuple):
@@ -127,6 +129,27 @@ def rows_of(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return [{k: v for k, v in p._asdict().items() if v is not None} for p in pairs]
 
 
+def fitting(
+    pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int, what: str = "pairs"
+) -> list[Pair]:
+    """The pairs whose texts are both short enough, the tokens that begin and end them included.
+
+    Raises:
+      UserError: none is.
+    """
+    tokens = functools.cache(lambda text: len(tokenizer.encode(text)))
+
+    def length(pair: Pair) -> int:
+        return tokens(pair.prompt) + max(tokens(pair.chosen), tokens(pair.rejected)) + 2
+
+    found = [pair for pair in pairs if length(pair) <= max_tokens]
+    if not found:
+        problem = f"all {len(pairs)} {what} are longer than the limit"
+        raise UserError(problem, where="reward.max_tokens", value=max_tokens)
+    return found
+
+
+EVEN = 1e-6  # off 0.5: no number of votes that anybody draws tells it from even odds
 REQUIRED = ("prompt", "chosen", "rejected")
 REAL = int | float
 NUMBERS = {"votes_chosen": int, "votes": int, "gold_chosen": REAL, "gold_rejected": REAL}
@@ -137,8 +160,8 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
     """Pairs from JSON objects of the usual shapes (`formats`); extra keys are ignored.
 
     Raises:
-      UserError: a missing field, a value of the wrong type, or two completions that are the same,
-        by line number.
+      UserError: a missing field, a value of the wrong type, NaN or infinity, or two completions
+        that are the same, by line number.
     """
     if not rows:
         raise UserError("no preference pairs", where=where)
@@ -159,6 +182,8 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
             value = row.get(key)
             if isinstance(value, bool) or not (value is None or isinstance(value, kind)):
                 raise UserError(f"'{key}' must be a number", where=place, value=value)
+            if value is not None and not real(value):
+                raise UserError(f"'{key}' must be a finite number", where=place, value=value)
         if (row.get("votes") is None) != (row.get("votes_chosen") is None):
             problem = "votes and votes_chosen need each other"
             raise UserError(problem, where=place, value=sorted(row))
@@ -173,17 +198,37 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
     return pairs
 
 
-def check_worth_training_on(pairs: Sequence[Pair], where: str) -> None:
-    """Refuses what somebody else's file should not hold.
+def check_completions(pairs: Sequence[Pair], where: str) -> None:
+    """Refuses an empty completion in somebody else's file; a model of ours may well write one.
 
     Raises:
-      UserError: an empty completion, by line number; pairs that are ties without exception.
+      UserError: by line number.
     """
     for number, pair in enumerate(pairs, 1):
         for key, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             if not text.strip():
                 hint = "leave such pairs out: an empty completion shows the model nothing"
                 raise UserError(f"'{key}' is empty", where=f"{where}:{number}", hint=hint)
+
+
+def check_worth_training_on(
+    pairs: Sequence[Pair], where: str, raters: PreferencesConfig | None = None
+) -> None:
+    """Refuses pairs that show no preference.
+
+    Args:
+      raters: of simulated pairs. A judge that finds all completions alike leaves no ties, but votes
+        drawn at even odds.
+    Raises:
+      UserError: all pairs are ties, or all votes were noise.
+    """
     if all(2 * pair.votes_chosen == pair.votes for pair in pairs):
         problem = "every pair is a tie: half of the votes for each, and nothing to learn"
         raise UserError(problem, where=where, value=f"{len(pairs)} pairs")
+    if raters is None:
+        return
+    p, known = label_probabilities(pairs, raters)
+    if known and np.abs(p - 0.5).max() < EVEN:
+        problem = "no pair shows the raters a difference: their votes are noise"
+        hint = "another judge, or a model trained for longer, whose completions differ to this one"
+        raise UserError(problem, where=where, value=f"{len(pairs)} pairs", hint=hint)

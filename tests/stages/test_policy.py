@@ -10,6 +10,7 @@ from flax import nnx
 
 from minilm import configfile
 from minilm.config import ModelConfig
+from minilm.errors import UserError
 from minilm.generate import Samples
 from minilm.model import Transformer, hidden_states, logits, sequence_score
 from minilm.rewards import Normalization, RewardModel
@@ -92,6 +93,14 @@ def test_the_proxy_is_the_normalised_score_at_end_of_text_whatever_the_batch():
     for size in (2, 64):
         found = proxy_scores(payer, rows, samples, -3.0, PAD, size)
         np.testing.assert_allclose(found, expected, atol=3e-5)
+
+
+def test_a_reward_model_that_pays_no_number_is_told_of():
+    rows, samples = rows_and_samples()
+    payer = RewardModel((random_model(0, scalar_head=True),), (Normalization(float("nan"), 1.0),))
+    with pytest.raises(UserError, match="not finite") as refused:
+        proxy_scores(payer, rows, samples, -3.0, PAD)
+    assert "2 of 3" in str(refused.value)  # the third has no end and is paid for that
 
 
 def test_win_rate_by_hand_with_ties_as_halves():

@@ -6,8 +6,13 @@ import math
 import numpy as np
 import pytest
 
+from minilm.config import Config, PreferencesConfig
 from minilm.configfile import load
+from minilm.errors import UserError
+from minilm.stages import preferences as stage
+from minilm.stages.workspace import Workspace
 from minilm.text.fables import gold
+from minilm.text.preferences import label_pairs
 from minilm.text.prompts import prompt_sets
 from minilm.text.store import Document
 from minilm.text.tokenizer import Tokenizer
@@ -78,3 +83,20 @@ def test_bayes_rates_are_expectations_over_one_raters_vote(pairs, summary, tiny)
     assert summary["bayes_accuracy"] == pytest.approx(np.where(p > 0.5, p, 1 - p).mean())
     entropy = -p * np.log(p) - (1 - p) * np.log(1 - p)
     assert summary["bayes_log_loss"] == pytest.approx(entropy.mean())
+
+
+@pytest.mark.parametrize(
+    ("rater_judge", "where"), [(None, "judge.name"), ("theirs:judge", "preferences.rater_judge")]
+)
+def test_a_judge_that_finds_everything_alike_makes_no_pairs(
+    tmp_path, monkeypatch, rater_judge, where
+):
+    """Its raters drew lots, and the reward model was trained on those."""
+    raters = PreferencesConfig(rater_judge=rater_judge)
+    texts, rng = [["a", "b", "c"]] * 4, np.random.default_rng(0)
+    pairs = label_pairs(list("pqrs"), texts, np.zeros((4, 3)), rng, raters)
+    monkeypatch.setattr(stage, "_simulated", lambda ws: pairs)
+    with pytest.raises(UserError, match="their votes are noise") as refused:
+        stage.preferences(Workspace(Config(preferences=raters), tmp_path, None, "float32"))
+    assert refused.value.where == where
+    assert not list(tmp_path.iterdir())

@@ -10,13 +10,13 @@ from flax import nnx
 
 from minilm.config import Config, ModelConfig, TokenizerConfig
 from minilm.errors import UserError
-from minilm.files import write_json
+from minilm.files import write_json, write_jsonl
 from minilm.model import Transformer
 from minilm.rewards import Normalization
 from minilm.stages import reward as r
 from minilm.stages.workspace import Workspace
 from minilm.terms import configured
-from minilm.text.preferences import Pair
+from minilm.text.preferences import Pair, rows_of
 from minilm.text.tokenizer import train_tokenizer
 
 TINY = ModelConfig(
@@ -230,3 +230,62 @@ def test_the_normalisation_is_read_back_and_its_absence_is_said(ws):
     write_json(ws.stage("reward") / "evaluation.json", {"normalization": {"mean": 1.5}})
     with pytest.raises(UserError, match="no normalisation of the reward"):
         r.load_normalization(ws.stage("reward"))
+
+
+def space(ws: Workspace, **sections) -> Workspace:
+    """The same folder under another config, with PAIRS to train and to evaluate on."""
+    for name in ("train", "held_out"):
+        write_jsonl(ws.stage("preferences") / f"{name}.jsonl", rows_of(PAIRS))
+    return Workspace(Config.model_validate(sections), ws.out, None, "float32")
+
+
+def test_held_out_pairs_are_left_out_as_training_ones_are(ws, monkeypatch):
+    """Cut, "cc c" with "efgefg" would be another text, or the one that it is held against."""
+    monkeypatch.setattr(r, "_train", lambda *args: (MODEL, 0.0))
+    found = r.reward(space(ws, reward={"max_tokens": 8}))
+    assert (found["held_out_pairs"], found["held_out_left_out"]) == (5, 1)
+    assert found["pairs_left_out"] == 1
+    everything = r.reward(space(ws, reward={"max_tokens": 32}))
+    assert (everything["held_out_pairs"], everything["held_out_left_out"]) == (6, 0)
+    with pytest.raises(UserError, match="all 6 held-out pairs are longer"):
+        r.reward(space(ws, reward={"max_tokens": 4}))
+
+
+def test_the_scale_of_users_pairs_needs_some_prompts_alone_and_cuts_no_completion(ws, monkeypatch):
+    asked, limits = [], []
+
+    def sample(model, tokenizer, prompts, key, **dials):
+        asked.append((list(prompts), dials))
+        return None, ["a" * dials["max_new_tokens"]] * len(prompts)
+
+    def score_texts(model, tokenizer, prompts, texts, max_tokens):
+        rows = [r.encode(tokenizer, p, t) for p, t in zip(prompts, texts, strict=True)]
+        limits.append((max(map(len, rows)), max_tokens))
+        return np.arange(len(rows), dtype=np.float32)
+
+    monkeypatch.setattr(r, "sample", sample)
+    monkeypatch.setattr(r, "texts_of", lambda samples, tokenizer: samples)
+    monkeypatch.setattr(r, "score_texts", score_texts)
+    monkeypatch.setattr(Workspace, "load", lambda ws, name, scalar_head: MODEL)
+    many = ["ab" * (n % 20) + "c" * (n // 20) for n in range(1000)]
+    scores = r._reference_scores(MODEL, many, ws)
+    assert len(scores) == r.REFERENCES
+    (prompts, _), ((longest, limit),) = asked[0], limits
+    assert set(prompts) < set(many)
+    assert longest <= limit
+    few = ["ab", "c"]
+    assert len(r._reference_scores(MODEL, few, ws)) == 2
+    assert asked[1][0] == few
+
+
+def test_ratings_that_grades_would_clip_are_refused_before_the_first_step(ws):
+    """One to five stars under the default scale of 0 to 1 were all the highest grade."""
+    stars = [Pair("a", "b", "c", rating_chosen=5.0, rating_rejected=2.0)]
+    rows = {"ordinal": {"weight": 1.0}}
+    with pytest.raises(UserError, match="2 of 2 ratings are not from low to high") as refused:
+        r.Pairs(space(ws, objective=rows), stars)
+    assert "allowed: 0.0 to 1.0" in str(refused.value)
+    rows["ordinal"] |= {"options": {"low": 1, "high": 5}}
+    assert r.Pairs(space(ws, objective=rows), stars).steps == 1
+    with pytest.raises(UserError, match="are not from low to high"):
+        r.Pairs(space(ws, objective=rows), PAIRS)  # shares of votes

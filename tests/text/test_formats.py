@@ -131,3 +131,11 @@ def test_lists_that_do_not_fit_are_refused_by_line(row, message):
     with pytest.raises(UserError, match=message) as refused:
         pairs_from([LISTS["ratings"], {"prompt": "p"} | row], "rows.jsonl")
     assert "rows.jsonl:2" in str(refused.value)
+
+
+@pytest.mark.parametrize("rating", [float("nan"), float("inf"), 10**400, True, "5"])
+def test_a_rating_that_is_no_finite_number_is_named(rating):
+    row = {"prompt": "Why?", "completion": "Because.", "rating": rating}
+    with pytest.raises(UserError, match="a rating must be a finite number") as refused:
+        pairs_from([row], "rows.jsonl")
+    assert refused.value.where == "rows.jsonl:1"

@@ -6,17 +6,20 @@ import math
 import numpy as np
 import pytest
 
-from minilm.config import PreferencesConfig
+from minilm.config import PreferencesConfig, TokenizerConfig
 from minilm.errors import UserError
 from minilm.text.preferences import (
     Pair,
     bayes_rates,
+    check_worth_training_on,
     chosen_probability,
+    fitting,
     label_pairs,
     label_probabilities,
     pairs_from,
     rows_of,
 )
+from minilm.text.tokenizer import train_tokenizer
 
 
 def sigmoid(x: float) -> float:
@@ -177,6 +180,9 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
         (GOOD | {"votes": True}, "'votes' must be a number"),
         (GOOD | {"votes_chosen": 2.5, "votes": 5}, "'votes_chosen' must be a number"),
         (GOOD | {"gold_chosen": "high"}, "'gold_chosen' must be a number"),
+        (GOOD | {"gold_chosen": math.nan}, "'gold_chosen' must be a finite number"),
+        (GOOD | {"rating_rejected": -math.inf}, "'rating_rejected' must be a finite number"),
+        (GOOD | {"votes_chosen": 1, "votes": 10**400}, "'votes' must be a finite number"),
         (GOOD | {"votes": 5}, "votes and votes_chosen need each other"),
         (GOOD | {"votes_chosen": 1}, "votes and votes_chosen need each other"),
         (GOOD | {"votes_chosen": 6, "votes": 5}, "votes_chosen must lie between 0 and votes"),
@@ -234,3 +240,31 @@ def test_raters_vote_by_what_they_see_and_gold_stays_what_it_is():
 def test_coverage_is_the_share_of_pairs_that_is_labelled():
     pairs = labelled([[0.0, 1.0, 2.0, 3.0]] * 500, coverage=0.3)
     assert within(len(pairs), 0.3 * 3000, 3000)
+
+
+def test_a_pair_fits_with_the_tokens_that_begin_and_end_its_texts():
+    tokenizer = train_tokenizer(TokenizerConfig(kind="characters"), ["abcdefgh "])
+    pairs = [Pair("ab", "c", "def"), Pair("ab", "cdef", "c"), Pair("ab", "c", "defg")]
+    assert fitting(pairs, tokenizer, 7) == pairs[:1]
+    assert fitting(pairs, tokenizer, 8) == pairs
+    with pytest.raises(UserError, match="all 3 held-out pairs are longer") as refused:
+        fitting(pairs, tokenizer, 6, "held-out pairs")
+    assert refused.value.where == "reward.max_tokens"
+
+
+@pytest.mark.parametrize("dials", [{}, {"tie_band": 0.5}, {"position_bias": 2.0}])
+def test_votes_on_what_a_judge_finds_alike_are_refused(dials):
+    """Five raters leave no tie, yet there was nothing but chance to train on."""
+    raters = PreferencesConfig(raters=5, **dials)
+    alike = labelled([[0.7] * 3] * 20, raters=5, **dials)
+    with pytest.raises(UserError, match="their votes are noise") as refused:
+        check_worth_training_on(alike, "judge.name", raters)
+    assert refused.value.where == "judge.name"
+    check_worth_training_on([*alike, *labelled([[0.0, 0.1]], raters=5, **dials)], "", raters)
+    # In a file, gold is not what its raters judged by.
+    check_worth_training_on(alike, "theirs.jsonl")
+
+
+def test_raters_that_see_a_difference_where_gold_has_none_are_heard():
+    pairs = labelled([[1.0, 1.0]] * 9, raters=5, seen=np.array([[0.0, 2.0]] * 9))
+    check_worth_training_on(pairs, "preferences.rater_judge", PreferencesConfig(raters=5))
