@@ -1,40 +1,75 @@
 """`minilm blame`: whose fault is it? Each stage of a run in turn gives way to its oracle."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
 from minilm import backend
-from minilm.config import Config
+from minilm.config import Config, RLHFConfig
 from minilm.errors import UserError
 from minilm.files import read_json, write_atomically, write_json
+from minilm.model import Transformer
 from minilm.run import run
 from minilm.stages.policy import PolicyEvaluator
 from minilm.stages.reward import paid_texts
 from minilm.stages.workspace import Workspace, open_run
 from minilm.studies import plots
-from minilm.studies.curves import best_of_n, best_of_n_kl
+from minilm.studies.comparison import two_way_interval
+from minilm.studies.curves import best_of_n, best_of_n_kl, most_n
 from minilm.text.fables import complete
 
+# Every policy and every oracle is measured on these prompts alone, with so many completions each.
 PROMPTS, SAMPLES = 48, 64
-N = 32  # of best-of-n, the optimiser that can't fail: 2.5 nats, about what RLHF spends
+LEAST_KL = 1.0  # nats that training spends if it does anything: the best of 6
+# A gap that is worth a name, in standard deviations of gold among the reference's completions: no
+# interval over prompts knows what another seed of RLHF changes. Cohen (1988): a small effect.
+SMALL = 0.2
 CLEAN_RATERS = 1000  # so many votes that their share is the probability
+
+type PerPrompt = Float[np.ndarray, " P"]
 
 
 class Swap(NamedTuple):
-    """A stage, what took its place, and gold with it and without."""
+    """A stage, what took its place, gold with it and without, and the gap's 95 % interval."""
 
     stage: str
     oracle: str
     before: float
     after: float
+    low: float
+    high: float
 
     @property
     def gap(self) -> float:
         return self.after - self.before
+
+
+def swap(stage: str, oracle: str, before: PerPrompt, after: PerPrompt) -> Swap:
+    """A swap measured on the same prompts before and after; the bootstrap draws prompts anew."""
+    _, low, high = two_way_interval((after - before)[None])
+    return Swap(stage, oracle, float(before.mean()), float(after.mean()), low, high)
+
+
+def blamed(swaps: Sequence[Swap], least: float) -> Swap | None:
+    """The largest gap, if at least so large, among those whose interval lies above 0; else None."""
+    sure = (found for found in swaps if found.low > 0 and found.gap >= least)
+    return max(sure, key=lambda found: found.gap, default=None)
+
+
+def budget(config: RLHFConfig, spent: float) -> float:
+    """KL that the optimiser's oracle may spend, in nats: what the run was allowed, or did spend.
+
+    With as much KL as it likes the best of n beats any healthy run, and would accuse it; with as
+    little as a run of four steps spends it would accuse none. So it is what the run spent, but at
+    least what it was allowed: its `kl_budget`, else its `kl_target`, else LEAST_KL.
+    """
+    allowed = config.kl_budget or config.kl_target or LEAST_KL
+    return max(spent, allowed)
 
 
 def blame_command(path: Path, out: Path | None) -> None:
@@ -61,88 +96,114 @@ def blame_command(path: Path, out: Path | None) -> None:
 
 
 def blame(ws: Workspace, path: Path, folder: Path, choice: backend.Choice) -> dict[str, Any]:
-    """Four swaps, each with the run's own budget; runs of the oracles are kept in `folder`.
+    """Four swaps, on the same prompts before and after; runs of the oracles are kept in `folder`.
 
     labels: the same pairs with the raters' true probabilities; reward model and RLHF again.
     reward: gold itself pays RLHF; over what clean labels already gain.
-    optimiser: the best of N of the reference by the run's own reward model, in place of RLHF.
-    start: the same best of N among stories that the grammar itself tells, in place of the model.
+    optimiser: the best of n of the reference by the run's own reward model, in place of RLHF; n is
+      the most that `budget` allows.
+    start: the same best of n among stories that the grammar itself tells, in place of the model.
     """
-    gold = read_json(ws.stage("rlhf") / "evaluation.json")["gold"]
+    kl = read_json(ws.stage("rlhf") / "evaluation.json")["kl"]
+    n = most_n(budget(ws.config.rlhf, kl), SAMPLES)
+    evaluator = PolicyEvaluator(ws)
+    prompts = [p for p in evaluator.prompts["evaluation"][:PROMPTS] for _ in range(SAMPLES)]
+
+    def gold_of(policy: Transformer) -> PerPrompt:
+        return _by_prompt(evaluator.score(policy, prompts, seed=45).gold).mean(axis=1)
+
     swaps = []
+    gold = clean = gold_of(ws.load("rlhf", scalar_head=False))
     labels = _with_clean_labels(ws.config)
-    clean = gold
     if labels is not None:
-        clean = _rerun(labels, path, folder / "labels", choice, only=None)
-        swaps.append(Swap("labels", "every rater's true opinion", gold, clean))
+        clean = gold_of(_rerun(labels, path, folder / "labels", choice, only=None))
+        swaps.append(swap("labels", "every rater's true opinion", gold, clean))
     rlhf = ws.config.rlhf.model_copy(update={"judge_weight": 1.0, "learned_weight": 0.0})
     paid = ws.config.model_copy(update={"rlhf": rlhf})
-    best = _rerun(paid, path, folder / "reward", choice, only="rlhf")
-    swaps.append(Swap("reward model", "gold itself", max(clean, gold), best))
-    found = _samplers(ws)
-    swaps.append(
-        Swap("optimiser", f"the best of {N} by the reward model", gold, found["reference"])
-    )
-    if "grammar" in found:
-        oracle = f"the grammar, best of {N}"
-        swaps.append(Swap("start", oracle, found["reference"], found["grammar"]))
-    worst = max(swaps, key=lambda swap: swap.gap)
+    best = gold_of(_rerun(paid, path, folder / "reward", choice, only="rlhf"))
+    without = clean if clean.mean() > gold.mean() else gold
+    swaps.append(swap("reward model", "gold itself", without, best))
+    found = _sampled(evaluator, prompts, n)
+    oracle = f"the best of {n} by the reward model"
+    swaps.append(swap("optimiser", oracle, gold, found.reference))
+    if found.grammar is not None:
+        swaps.append(swap("start", f"the grammar, best of {n}", found.reference, found.grammar))
+    least = SMALL * found.spread
+    worst = blamed(swaps, least)
     return {
-        "gold": gold,
-        "kl": read_json(ws.stage("rlhf") / "evaluation.json")["kl"],
-        "best_of": N,
-        "best_of_kl": best_of_n_kl(N),
-        "swaps": [swap._asdict() | {"gap": swap.gap} for swap in swaps],
-        "blamed": worst.stage,
-        "sentence": sentence(gold, worst),
+        "gold": float(gold.mean()),
+        "kl": kl,
+        "prompts": len(gold),
+        "best_of": n,
+        "best_of_kl": best_of_n_kl(n),
+        "least": least,
+        "swaps": [s._asdict() | {"gap": s.gap} for s in swaps],
+        "blamed": worst.stage if worst else None,
+        "sentence": sentence(swaps, least),
     }
 
 
-def sentence(gold: float, worst: Swap) -> str:
+def sentence(swaps: Sequence[Swap], least: float) -> str:
     """The verdict in words."""
-    if worst.gap <= 0.05:
-        return f"No stage holds this run back: no oracle adds more than 0.05 to gold {gold:.2f}."
-    text = f"Most is lost at the {worst.stage}: with {worst.oracle} instead gold goes from "
-    return f"{text}{worst.before:.2f} to {worst.after:.2f}.".replace("-", "−")
+    worst = blamed(swaps, least)
+    shown = worst or max(swaps, key=lambda found: found.gap)
+    gap = f"{shown.gap:.2f} [{shown.low:.2f}, {shown.high:.2f}]"
+    if worst is None:
+        text = f"No stage can be blamed: no oracle adds {least:.2f} or more for certain; the most, "
+        text += f"{gap}, is that of the {shown.stage}."
+    else:
+        text = f"Most is lost at the {shown.stage}: with {shown.oracle} instead gold goes from "
+        text += f"{shown.before:.2f} to {shown.after:.2f}, by {gap}."
+    return text.replace("-", "−")
 
 
 def _with_clean_labels(config: Config) -> Config | None:
-    """The config whose raters err no more; None where they are not simulated."""
+    """The config whose raters neither err nor like anything but gold; None without simulated ones.
+
+    `coverage` and `max_pairs` stay: the pairs are the same.
+    """
     if config.preferences.file:
         return None
-    clean = {"raters": CLEAN_RATERS, "flip_rate": 0.0}
+    clean: dict[str, Any] = {"raters": CLEAN_RATERS, "flip_rate": 0.0, "tie_band": 0.0}
+    clean |= {"rater_judge": None, "length_bias": 0.0, "position_bias": 0.0}
     return config.model_copy(update={"preferences": config.preferences.model_copy(update=clean)})
 
 
 def _rerun(
     config: Config, path: Path, folder: Path, choice: backend.Choice, only: str | None
-) -> float:
-    """Gold on the evaluation prompts of a run that differs from the one in `path` in its config."""
+) -> Transformer:
+    """The policy of a run that differs from the one in `path` in its config."""
     if not (folder / "environment.json").exists():
         write_json(folder / "environment.json", {"choice": choice._asdict()})
     run(config, folder, init=path, only=only)
-    return read_json(folder / "rlhf" / "evaluation.json")["gold"]
+    return open_run(folder).load("rlhf", scalar_head=False)
 
 
-def _samplers(ws: Workspace) -> dict[str, float]:
-    """Gold of the best of N by the reward model, of the reference's stories and the grammar's."""
-    evaluator = PolicyEvaluator(ws)
-    prompts = evaluator.prompts["evaluation"][:PROMPTS]
-    repeated = [p for p in prompts for _ in range(SAMPLES)]
-    scored = evaluator.score(evaluator.reference, repeated, seed=45)
-    found = {"reference": _best(scored.proxy, scored.gold, len(prompts))}
-    if ws.config.corpus.kind == "fables" and evaluator.judge is not None:
-        size = ws.config.corpus.size
-        told = [complete(p, (ws.config.seed, 46, i), size=size) for i, p in enumerate(repeated)]
-        longest = ws.config.reward.max_tokens
-        proxy = paid_texts(evaluator.reward_model, ws.tokenizer, repeated, told, longest)
-        found["grammar"] = _best(proxy, evaluator.judge(repeated, told), len(prompts))
-    return found
+class Sampled(NamedTuple):
+    """Gold of the best of n by the reward model; its spread over all the reference's stories."""
+
+    reference: PerPrompt
+    grammar: PerPrompt | None  # None where no grammar is known
+    spread: float
 
 
-def _best(proxy: np.ndarray, gold: np.ndarray | None, prompts: int) -> float:
-    by, value = (np.asarray(x, np.float64).reshape(prompts, -1) for x in (proxy, gold))
-    return float(best_of_n(by, value, N).mean())
+def _sampled(evaluator: PolicyEvaluator, prompts: list[str], n: int) -> Sampled:
+    scored = evaluator.score(evaluator.reference, prompts, seed=45)
+    gold = _by_prompt(scored.gold)
+    reference, spread = best_of_n(_by_prompt(scored.proxy), gold, n), float(gold.std())
+    config, tokenizer = evaluator.ws.config, evaluator.ws.tokenizer
+    if config.corpus.kind != "fables" or evaluator.judge is None:
+        return Sampled(reference, None, spread)
+    size = config.corpus.size
+    told = [complete(p, (config.seed, 46, i), size=size) for i, p in enumerate(prompts)]
+    longest = config.reward.max_tokens
+    proxy = paid_texts(evaluator.reward_model, tokenizer, prompts, told, longest)
+    judged = _by_prompt(evaluator.judge(prompts, told))
+    return Sampled(reference, best_of_n(_by_prompt(proxy), judged, n), spread)
+
+
+def _by_prompt(values: np.ndarray | None) -> Float[np.ndarray, "P S"]:
+    return np.asarray(values, np.float64).reshape(-1, SAMPLES)
 
 
 def render(found: dict[str, Any]) -> list[Any]:
@@ -150,22 +211,25 @@ def render(found: dict[str, Any]) -> list[Any]:
     table = Table(title=f"gold {found['gold']:.2f} at KL {found['kl']:.2f}", title_justify="left")
     for column in ("stage", "its oracle", "gold before", "gold with it", "lost there"):
         table.add_column(column)
-    for swap in found["swaps"]:
-        cells = (f"{swap[key]:.2f}" for key in ("before", "after", "gap"))
-        table.add_row(swap["stage"], swap["oracle"], *cells)
-    note = f"best of {found['best_of']} spends {found['best_of_kl']:.1f} nats"
+    for s in found["swaps"]:
+        lost = f"{s['gap']:.2f} [{s['low']:.2f}, {s['high']:.2f}]"
+        table.add_row(s["stage"], s["oracle"], f"{s['before']:.2f}", f"{s['after']:.2f}", lost)
+    note = f"the best of {found['best_of']} spends {found['best_of_kl']:.2f} nats; "
+    note += f"intervals (95 %) are over {found['prompts']} prompts"
     return [table, note, found["sentence"]]
 
 
 def draw(found: dict[str, Any]) -> bytes:
-    """PNG: a bar a stage, from gold without its oracle to gold with it."""
+    """PNG: a bar a stage, from gold without its oracle to gold with it, and the gap's interval."""
     made, axes = plots.figure(7.0, 0.7 * len(found["swaps"]) + 1.4)
     ax = axes[0][0]
-    for place, swap in enumerate(found["swaps"]):
-        colour = plots.PROXY if swap["stage"] == found["blamed"] else plots.OTHER
-        ax.barh(place, swap["gap"], left=swap["before"], color=colour, height=0.55)
-        end = max(swap["before"], swap["after"])
-        ax.text(end, place, f" {swap['gap']:+.2f}", va="center")
+    for place, s in enumerate(found["swaps"]):
+        colour = plots.PROXY if s["stage"] == found["blamed"] else plots.OTHER
+        ax.barh(place, s["gap"], left=s["before"], color=colour, height=0.55)
+        ends = [s["before"] + s["low"], s["before"] + s["high"]]
+        ax.plot(ends, [place, place], color="#444444", lw=1.2)
+        end = max(s["before"], s["after"], *ends)
+        ax.text(end, place, f" {s['gap']:+.2f}", va="center")
     ax.axvline(found["gold"], color="#444444", ls=(0, (4, 3)), lw=1.2, label="the run's gold")
     ax.set_yticks(range(len(found["swaps"])), [s["stage"] for s in found["swaps"]])
     ax.invert_yaxis()

@@ -67,7 +67,10 @@ def between(ours: Float[np.ndarray, "S P"], theirs: Float[np.ndarray, "Z Q"]) ->
 
 
 def arms(configs: Mapping[Path, Config]) -> dict[str, list[Path]]:
-    """Runs that differ in seeds alone belong together; the key names what tells arms apart."""
+    """Runs that differ in seeds alone belong together; the key names what tells arms apart.
+
+    Where algorithm and KL price do not, the first run's folder does, or its whole path.
+    """
     grouped: dict[str, list[Path]] = {}
     for path, config in configs.items():
         rlhf = config.rlhf.model_copy(update={"seed": 0})
@@ -76,10 +79,9 @@ def arms(configs: Mapping[Path, Config]) -> dict[str, list[Path]]:
     names = {}
     for paths in grouped.values():
         first = configs[paths[0]].rlhf
-        name = f"{first.algorithm}, kl_coef {first.kl_coef:g}"
-        if name in names:
-            name = f"{name} ({paths[0].name})"
-        names[name] = paths
+        plain = f"{first.algorithm}, kl_coef {first.kl_coef:g}"
+        longer = (plain, f"{plain} ({paths[0].name})", f"{plain} ({paths[0]})")
+        names[next(name for name in longer if name not in names)] = paths
     return names
 
 

@@ -13,6 +13,7 @@ from scipy.special import gammaln
 from scipy.stats import t as student
 
 Values = Float[np.ndarray, " K"]
+RESAMPLES = 1000  # of a bootstrap
 
 
 class Curve(NamedTuple):
@@ -81,31 +82,37 @@ def best_budget(curves: Sequence[Curve]) -> float:
     return float(grid[int(np.argmax(gold))])
 
 
-def falls(curves: Sequence[Curve]) -> list[float]:
-    """How far each seed's gold fell, by its last value, from where the *other* seeds say to stop.
+def stops(curves: Sequence[Curve]) -> list[int]:
+    """Index of where each seed stops by the KL budget that is best for the *other* seeds.
 
-    The budget that is best for a seed itself would make noise look like a fall: a maximum of noisy
-    values lies above their last by construction.
+    The budget that is best for a seed itself would make noise look like a peak: a maximum of noisy
+    values lies above the others by construction.
 
     Raises:
       ValueError: fewer than two seeds.
     """
     if len(curves) < 2:
-        raise ValueError(f"a fall is measured with at least 2 seeds, got {len(curves)}")
-    found = []
-    for i, curve in enumerate(curves):
-        budget = best_budget([c for j, c in enumerate(curves) if j != i])
-        found.append(float(curve.gold[stopped_at(curve, budget)] - curve.gold[-1]))
-    return found
+        raise ValueError(f"a peak is found with at least 2 seeds, got {len(curves)}")
+    others = ([*curves[:i], *curves[i + 1 :]] for i in range(len(curves)))
+    return [stopped_at(c, best_budget(them)) for c, them in zip(curves, others, strict=True)]
+
+
+def falls(curves: Sequence[Curve]) -> list[float]:
+    """How far each seed's gold fell, by its last value, from where the others say to stop."""
+    return [float(c.gold[i] - c.gold[-1]) for c, i in zip(curves, stops(curves), strict=True)]
 
 
 def rises(curves: Sequence[Curve]) -> list[float]:
     """How far each seed's proxy rose between the same two points."""
-    found = []
-    for i, curve in enumerate(curves):
-        budget = best_budget([c for j, c in enumerate(curves) if j != i])
-        found.append(float(curve.proxy[-1] - curve.proxy[stopped_at(curve, budget)]))
-    return found
+    return [float(c.proxy[-1] - c.proxy[i]) for c, i in zip(curves, stops(curves), strict=True)]
+
+
+def regrets(curves: Sequence[Curve], budget: float) -> list[float]:
+    """How much more gold each seed has where the others say to stop than at a KL budget."""
+    return [
+        float(c.gold[i] - c.gold[stopped_at(c, budget)])
+        for c, i in zip(curves, stops(curves), strict=True)
+    ]
 
 
 class Fit(NamedTuple):
@@ -148,7 +155,7 @@ def _bend(d: np.ndarray, shape: str) -> np.ndarray:
 
 
 def fit_seeds(
-    curves: Sequence[Curve], name: str, *, resamples: int = 1000
+    curves: Sequence[Curve], name: str, *, resamples: int = RESAMPLES
 ) -> dict[str, tuple[float, float, float]]:
     """The fit of "gold" or "proxy" to all seeds, each figure with its bootstrap interval."""
 
@@ -182,6 +189,15 @@ def best_of_n_kl(n: int) -> float:
     return float(np.log(n) - (n - 1) / n)
 
 
+def most_n(kl: float, limit: int) -> int:
+    """The largest n, up to a limit, whose best of n spends no more than so many nats.
+
+    >>> most_n(1.0, 64), most_n(9.0, 64)
+    (6, 64)
+    """
+    return max(n for n in range(1, limit + 1) if n == 1 or best_of_n_kl(n) <= kl)
+
+
 def best_of_n(
     proxy: Float[np.ndarray, "P N"], values: Float[np.ndarray, "P N"], n: int
 ) -> Float[np.ndarray, " P"]:
@@ -211,13 +227,21 @@ def best_of_n(
 def best_of_doublings(
     proxy: Float[np.ndarray, "P N"], gold: Float[np.ndarray, "P N"]
 ) -> dict[str, list[float]]:
-    """`n` = 1, 2, 4 … N, and for each its `kl` and the mean `proxy` and `gold` of the best of n."""
+    """`n` = 1, 2, 4 … N, and for each its `kl` and the mean `proxy` and `gold` of the best of n.
+
+    `gold_low` and `gold_high` are gold's 95 % interval, from a bootstrap over prompts.
+    """
     counts = doublings(proxy.shape[1])
+    by_prompt = np.stack([best_of_n(proxy, gold, n) for n in counts])
+    draws = np.random.default_rng(0).integers(len(gold), size=(RESAMPLES, len(gold)))
+    low, high = np.quantile([by_prompt[:, d].mean(axis=1) for d in draws], [0.025, 0.975], axis=0)
     return {
         "n": [float(n) for n in counts],
         "kl": [best_of_n_kl(n) for n in counts],
         "proxy": [float(best_of_n(proxy, proxy, n).mean()) for n in counts],
-        "gold": [float(best_of_n(proxy, gold, n).mean()) for n in counts],
+        "gold": by_prompt.mean(axis=1).tolist(),
+        "gold_low": low.tolist(),
+        "gold_high": high.tolist(),
     }
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from minilm import backend
+from minilm import backend, checkpoint
 from minilm.algorithms import algorithm_of
 from minilm.errors import UserError
 from minilm.files import read_json, stage_folder, write_atomically, write_json
@@ -148,18 +148,27 @@ def completions(ws: Workspace, evaluator: PolicyEvaluator) -> str:
     Colour: log π(token) − log π_ref(token), red where the policy has made a token likelier, blue
     where less likely. Underline: the advantage that the algorithm would give the completion.
     """
-    algorithm = algorithm_of(ws.config.rlhf)
-    collect = collector(ws, evaluator.reference, evaluator.reward_model)(ws.config.rlhf)
-    policy = ws.load("rlhf")
-    start = ws.load(ws.base, scalar_head=algorithm.critic)
-    columns = {
-        name: _rows(collect(model, 0), ws.tokenizer, ws.config.rlhf.group_size, evaluator)
-        for name, model in (("before", start), ("after", policy))
-    }
+    before, after = (
+        _rows(collected, ws.tokenizer, ws.config.rlhf.group_size, evaluator)
+        for collected in collected_as_paid(ws, evaluator)
+    )
     template = environment().get_template("completions.html.j2")
-    rows = zip(columns["before"], columns["after"], strict=True)
+    rows = zip(before, after, strict=True)
     name = "/".join(ws.out.resolve().parts[-2:])
     return template.render(run=name, rows=list(rows), algorithm=ws.config.rlhf.algorithm)
+
+
+def collected_as_paid(ws: Workspace, evaluator: PolicyEvaluator) -> tuple[Collected, Collected]:
+    """A rollout of the first policy of RLHF and of the last, each priced as it was then.
+
+    Gold is paid where the run pays it; the price of a nat is where `rlhf.kl_target` had moved it.
+    """
+    config = ws.config.rlhf
+    judged = evaluator.judged if config.judge_weight else None
+    collect = collector(ws, evaluator.reference, evaluator.reward_model, judged)(config)
+    start = ws.load(ws.base, scalar_head=algorithm_of(config).critic)
+    stored = checkpoint.load_arrays(checkpoint.find(ws.stage("rlhf")), "extra.kl_scale")
+    return collect(start, 0), collect(ws.load("rlhf"), 0, stored["extra.kl_scale"])
 
 
 def _rows(
@@ -222,8 +231,10 @@ def _render_card(card: dict[str, Any]) -> list[Any]:
     best = {key: labels.get(f"bayes_{key}") for key in ("accuracy", "log_loss", "brier")}
     told = {k: "–" if v is None else f"{v:.3f}" for k, v in best.items()}
     table.add_row("accuracy", f"{labels['accuracy']:.3f}{interval}", told["accuracy"])
-    if "way_to_bayes" in labels:
+    if labels.get("way_to_bayes") is not None:
         table.add_row("way from 0.5 to there", f"{labels['way_to_bayes']:.0%}", "100%")
+    if "accuracy_of_gold" in labels:
+        table.add_row("accuracy against gold", f"{labels['accuracy_of_gold']:.3f}", "1")
     table.add_row("accuracy against votes", f"{labels['accuracy_of_votes']:.3f}", "")
     table.add_row("log-loss, nats", f"{labels['log_loss']:.3f}", told["log_loss"])
     table.add_row("Brier score", f"{labels['brier']:.3f}", told["brier"])
@@ -246,9 +257,12 @@ def _render_card(card: dict[str, Any]) -> list[Any]:
         cells = (f"{p['reward']:+.2f}", f"{p['gold']:+.2f}", f"{p['fooled']:.0%}")
         probes.add_row(p["name"], *cells)
     found = card["search"]
-    most = "or more: gold rises to the last n" if found["rising_to_the_last"] else ""
-    text = f"best-of-n of the reference says: safe up to KL {found['safe_kl']:.2f} nats (best of "
-    text += f"{found['safe_n']}) {most}".rstrip()
+    text = "best-of-n of the reference says: safe up to "
+    if found["rising_to_the_last"]:
+        text += f"at least KL {found['kl'][-1]:.2f} nats (gold rises to the last n, best of "
+        text += f"{found['n'][-1]:.0f})"
+    else:
+        text += f"KL {found['safe_kl']:.2f} nats (best of {found['safe_n']})"
     if happened := card.get("rlhf"):
         text += f"; in RLHF gold was best at KL {happened['peak_kl']:.2f}"
         text += f" and ended at KL {happened['last_kl']:.2f}"

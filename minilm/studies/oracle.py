@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from minilm import backend
-from minilm.algorithms import ALGORITHMS, objective, price
+from minilm.algorithms import ALGORITHMS, algorithm_of, objective, price
 from minilm.choices import choose
 from minilm.config import BackendConfig, OptimizerConfig, RLHFConfig
 from minilm.files import write_atomically, write_json
@@ -25,14 +25,18 @@ from minilm.studies import exact, plots
 
 STEPS, EVERY = 300, 5
 BETA = 0.25  # price of a nat
-# Rates that bring every algorithm to rest within STEPS; PPO's critic has to learn first.
+# Rates that bring every algorithm to rest within STEPS.
 SETTINGS = RLHFConfig(
     prompts_per_step=8,
     group_size=8,
     kl_coef=BETA,
     optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.0, eps=1e-5),
 )
-VALUES = {"ppo": {"value_coef": 1.0}}
+# What a row of the table lays over SETTINGS: an algorithm, and what it is given beside.
+ROWS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
+    "ppo": {"algorithm": "ppo", "value_coef": 1.0},  # the critic has to learn first
+    "grpo, k2": {"algorithm": "grpo", "kl_estimator": "k2"},
+}
 
 
 class Course(NamedTuple):
@@ -65,13 +69,13 @@ def problem(seed: int = 0, *, vocab: int = 4, length: int = 4) -> Problem:
 
 
 def train(name: str, task: Problem, config: RLHFConfig = SETTINGS, steps: int = STEPS) -> Course:
-    """Runs a row of ALGORITHMS on the problem with minilm's own rollout, pricing and step.
+    """Runs one of ROWS on the problem with minilm's own rollout, pricing and step.
 
     Raises:
-      UserError: no such row.
+      UserError: no such row; a price of KL that its algorithm can't have.
     """
-    algorithm = choose(ALGORITHMS, name, "algorithm")
-    config = config.model_copy(update={"algorithm": name, **VALUES.get(name, {})})
+    config = config.model_copy(update=choose(ROWS, name, "row"))
+    algorithm = algorithm_of(config)
     width, count = task.world.width, config.prompts_per_step * config.group_size
     prompts = jnp.full((count, 1), exact.PROMPT, jnp.int32)
     ids = {"eos_id": exact.EOS, "pad_id": exact.EOS}
@@ -184,7 +188,7 @@ def compare(
 def draw(found: dict[str, Any]) -> bytes:
     """PNG: an algorithm a panel, its path under the frontier, the optimum as a star."""
     names = list(found["algorithms"])
-    columns = 4
+    columns = 3
     rows = -(-len(names) // columns)
     made, axes = plots.figure(3.1 * columns, 2.9 * rows, rows, columns)
     for ax in axes.flat[len(names) :]:
@@ -207,10 +211,15 @@ def draw(found: dict[str, Any]) -> bytes:
 
 
 def oracle_command(out: Path, names: list[str], steps: int) -> None:
-    """`minilm oracle`: prints a table; oracle.json and oracle.png in `out`."""
+    """`minilm oracle`: prints a table; oracle.json and oracle.png in `out`.
+
+    Args:
+      names: rows, or algorithms, each of which brings all its rows.
+    """
     backend.configure(BackendConfig(compute_dtype="float32"))
     for name in names:
-        choose(ALGORITHMS, name, "--algorithms")
+        choose(ROWS, name, "--algorithms")
+    names = [row for row, laid in ROWS.items() if not {row, laid["algorithm"]}.isdisjoint(names)]
     console, task = Console(soft_wrap=True), problem()
     found = compare(task, names, steps)
     right: Any = {"justify": "right"}

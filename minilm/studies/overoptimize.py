@@ -9,10 +9,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from minilm import backend, metrics
+from minilm import backend, checkpoint, metrics
 from minilm.config import Config
 from minilm.errors import UserError
 from minilm.files import read_json, stage_folder, write_atomically, write_json
+from minilm.generate import Samples
 from minilm.run import run
 from minilm.stages.policy import PolicyEvaluator
 from minilm.stages.workspace import open_run
@@ -25,13 +26,17 @@ from minilm.studies.curves import (
     falls,
     fit_seeds,
     gao_fit,
+    regrets,
     rises,
     stopped_at,
+    stops,
     student_interval,
     until_best_proxy,
 )
 
 console = Console(soft_wrap=True)
+# (seed, limits, prompts) -> rows of the prompts, and the reference's completions.
+type Drawn = dict[tuple[int | str, ...], tuple[np.ndarray, Samples]]
 type Load = Callable[[Sequence[str]], Config]  # options laid over a config -> the Config
 
 
@@ -64,11 +69,12 @@ def overoptimize_command(load: Load, out: Path, init: Path | None) -> None:
     if init is None:
         _prepared(base, choice)
         run(config, base, until="pretrain")
+    drawn: Drawn = {}
     for name, arm in arms.items():
         folder = out / name
         _prepared(folder, choice)
         run(arm, folder, init=base, until="reward")
-        _best_of(arm, folder)
+        _best_of(arm, folder, drawn)
         for seed in range(arm.study.seeds):
             console.rule(f"arm {name}, seed {seed} of {arm.study.seeds}")
             _prepared(folder / f"seed_{seed}", choice)
@@ -87,8 +93,12 @@ def _prepared(folder: Path, choice: backend.Choice) -> None:
         write_json(folder / "environment.json", {"choice": choice._asdict()})
 
 
-def _best_of(config: Config, folder: Path) -> None:
-    """Proxy and gold of `study.best_of` completions of the reference for some prompts."""
+def _best_of(config: Config, folder: Path, drawn: Drawn) -> None:
+    """Proxy and gold of `study.best_of` completions of the reference for some prompts.
+
+    Args:
+      drawn: what the arms before have drawn; all have one reference.
+    """
     sizes = {"best_of": config.study.best_of, "prompts": config.study.best_of_prompts}
     path = folder / "best_of.json"
     reward = read_json(stage_folder(folder, "reward") / "done.json")["hash"]
@@ -99,16 +109,31 @@ def _best_of(config: Config, folder: Path) -> None:
     prompts = evaluator.prompts["development"][: config.study.best_of_prompts]
     console.print(f"best of {config.study.best_of} completions of {len(prompts)} prompts")
     repeated = [p for p in prompts for _ in range(config.study.best_of)]
-    scored = evaluator.score(evaluator.reference, repeated, seed=43)
+    what = config.seed, config.prompts.max_tokens, config.prompts.max_new_tokens, *repeated
+    if what not in drawn:
+        drawn[what] = evaluator.complete(evaluator.reference, repeated, seed=43)
+    scored = evaluator.scored(repeated, drawn[what])
     rows = {"proxy": scored.proxy, "gold": scored.gold}
     shaped = {k: np.round(v.reshape(len(prompts), -1), 4).tolist() for k, v in rows.items()}  # pyright: ignore
     write_json(path, sizes | {"reward": reward} | shaped)
 
 
+def evaluations(stage: Path) -> list[dict[str, Any]]:
+    """What an RL stage's folder has of evaluations, up to the policy that it kept.
+
+    The curve goes on beyond that where `rlhf.kl_budget` made training go back.
+    """
+    rows = [r for r in metrics.read(stage / "metrics.jsonl") if r["kind"] == "eval"]
+    newest = checkpoint.latest(stage / "checkpoints")
+    if newest is None:  # somebody made room
+        return rows
+    last = checkpoint.metadata(newest)["step"]
+    return [r for r in rows if r["step"] <= last]
+
+
 def curve_of(run_folder: Path) -> Curve:
     """The evaluations of an RL run."""
-    records = metrics.read(run_folder / "rlhf" / "metrics.jsonl")
-    rows = [r for r in records if r["kind"] == "eval"]
+    rows = evaluations(run_folder / "rlhf")
     parse = np.array([r["parse_share"] for r in rows]) if "parse_share" in rows[0] else None
     kl, proxy, gold = (np.array([r[name] for r in rows]) for name in ("kl", "proxy", "gold"))
     return Curve(np.array([r["step"] for r in rows]), kl, proxy, gold, parse)
@@ -139,26 +164,31 @@ def summary(
 ) -> dict[str, Any]:
     """One arm's figures; `sampled` holds proxy and gold [prompts][samples] of the reference.
 
-    Every seed is followed to its highest proxy: who sees nothing else would stop there.
+    Every seed is followed to its highest proxy: who sees nothing else would stop there. Regret is
+    counted from the gold that a seed has where the other seeds say to stop: the best budget for all
+    of them is chosen with the same figures that it would be judged by.
     """
     whole, curves = curves, [until_best_proxy(c) for c in curves]
     fall, rise = student_interval(falls(curves)), student_interval(rises(curves))
     stop = best_budget(curves)
+    peaks = [float(c.gold[i]) for c, i in zip(curves, stops(curves), strict=True)]
     rows = []
     for budget in [*budgets, np.inf]:
         places = [stopped_at(c, budget) for c in curves]
         gold = [float(c.gold[i]) for c, i in zip(curves, places, strict=True)]
+        regret = student_interval(regrets(curves, budget))
         rows.append(
             {
                 "kl_budget": float(budget) if np.isfinite(budget) else None,
                 "kl": float(np.mean([c.kl[i] for c, i in zip(curves, places, strict=True)])),
                 "proxy": float(np.mean([c.proxy[i] for c, i in zip(curves, places, strict=True)])),
                 "gold": float(np.mean(gold)),
+                "regret": regret.mean,
+                "regret_low": regret.low,
+                "regret_high": regret.high,
             }
         )
     peak = float(np.mean([c.gold[stopped_at(c, stop)] for c in curves]))
-    for row in rows:
-        row["regret"] = peak - row["gold"]
     at_the_end = [float(c.gold[-1]) for c in whole]
     proxy, gold = (np.array(sampled[name], np.float64) for name in ("proxy", "gold"))
     best = best_of_doublings(proxy, gold)
@@ -176,6 +206,7 @@ def summary(
         "turns": bool(fall.low > 0),
         "best_kl_budget": stop,
         "gold_at_best_budget": peak,
+        "gold_at_the_others_budget": student_interval(peaks)._asdict(),
         "early_stopping": rows,
         "gold_at_the_last_step": float(np.mean(at_the_end)),
         "fits": {name: fit_seeds(curves, name) for name in ("gold", "proxy")},
@@ -198,7 +229,14 @@ def sentence(name: str, arm: dict[str, Any]) -> str:
         text += f"KL {last['kl']:.1f}"
     n, gold = int(arm["best_of_n"]["n"][-1]), arm["best_of_n"]["gold"]
     turn = "still rising" if gold[-1] >= max(gold) - 0.01 else "past its peak"
-    return f"{name}: {text}; best of {n} reaches gold {gold[-1]:.2f}, {turn}.".replace("-", "−")
+    text = f"{name}: {text}; best of {n} reaches gold {_best_told(arm)}, {turn}."
+    return text.replace("-", "−")
+
+
+def _best_told(arm: dict[str, Any]) -> str:
+    """Gold of best-of-n for the largest n, with its interval over prompts."""
+    mean, low, high = (arm["best_of_n"][key][-1] for key in ("gold", "gold_low", "gold_high"))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def render(study: dict[str, Any]) -> list[Any]:
@@ -215,10 +253,12 @@ def render(study: dict[str, Any]) -> list[Any]:
         "fall of gold": lambda a: told(a, "fall"),
         "rise of proxy meanwhile": lambda a: told(a, "proxy_rise"),
         "best KL budget, nats": lambda a: f"{a['best_kl_budget']:.1f}",
-        "gold there": lambda a: f"{a['gold_at_best_budget']:.2f}",
+        "gold there, each seed by the others' budget": lambda a: told(
+            a, "gold_at_the_others_budget"
+        ),
         "gold at the highest proxy": lambda a: f"{a['early_stopping'][-1]['gold']:.2f}",
         "gold at the last step": lambda a: f"{a['gold_at_the_last_step']:.2f}",
-        "gold of best-of-n, largest n": lambda a: f"{a['best_of_n']['gold'][-1]:.2f}",
+        "gold of best-of-n, largest n": _best_told,
     }
     for name, cell in rows.items():
         arms.add_row(name, *(cell(arm) for arm in study.values()))
@@ -232,7 +272,9 @@ def render(study: dict[str, Any]) -> list[Any]:
         for row in arm["early_stopping"]:
             budget = "none" if row["kl_budget"] is None else f"{row['kl_budget']:g}"
             cells = (f"{row[key]:.2f}" for key in ("kl", "proxy", "gold", "regret"))
-            table.add_row(budget, *cells)
+            interval = f" [{row['regret_low']:.2f}, {row['regret_high']:.2f}]"
+            *before, regret = cells
+            table.add_row(budget, *before, regret + interval)
         fits = "; ".join(
             f"{key}: α {f['alpha'][0]:.2f} [{f['alpha'][1]:.2f}, {f['alpha'][2]:.2f}], β "
             f"{f['beta'][0]:.2f} [{f['beta'][1]:.2f}, {f['beta'][2]:.2f}], R² {f['r2'][0]:.2f}"

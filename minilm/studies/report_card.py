@@ -7,19 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minilm import metrics
 from minilm.losses.language import token_logprobs
 from minilm.model import Transformer, hidden_states, logits
 from minilm.stages.evaluate import document_losses
 from minilm.stages.policy import PolicyEvaluator, Scored
-from minilm.stages.preferences import load_pairs
-from minilm.stages.reward import evaluate, load_reward_model, mean_scores, paid_texts
-from minilm.stages.statistics import spearman
+from minilm.stages.reward import (
+    encode,
+    evaluate,
+    held_out_pairs,
+    load_reward_model,
+    mean_scores,
+    paid_texts,
+)
+from minilm.stages.statistics import cluster_interval, spearman
 from minilm.stages.workspace import Workspace
 from minilm.studies import plots
 from minilm.studies.curves import best_of_doublings
+from minilm.studies.overoptimize import evaluations
 from minilm.text.batches import alone
-from minilm.text.preferences import Pair, bayes_rates, label_probabilities
+from minilm.text.preferences import EVEN, Pair, bayes_rates, label_probabilities
 from minilm.text.store import Document
 
 PROMPTS, SAMPLES = 48, 64  # of the search by best-of-n: 3,072 completions
@@ -37,7 +43,7 @@ def card(ws: Workspace, evaluator: PolicyEvaluator | None) -> dict[str, Any]:
       `correlations` of reward and gold with what gold should not care for; with a judge `probes`,
       `search` (best-of-n of the reference, its traps, the KL up to which gold rose with n).
     """
-    members, held_out = load_reward_model(ws).members, load_pairs(ws, "held_out")
+    members, (held_out, _) = load_reward_model(ws).members, held_out_pairs(ws)
     report, _ = evaluate(members, held_out, ws)
     score = _scorer(members, ws)
     prompts = [p.prompt for p in held_out]
@@ -48,7 +54,7 @@ def card(ws: Workspace, evaluator: PolicyEvaluator | None) -> dict[str, Any]:
         "reliability": report["reliability"],
         "by_length": _by_length(held_out, gap, ws),
     }
-    if held_out[0].gold_chosen is not None:
+    if all(x.gold_chosen is not None and x.gold_rejected is not None for x in held_out):
         out["by_margin"] = _by_margin(held_out, gap, ws)
     if evaluator is None or evaluator.judge is None:
         return out
@@ -58,9 +64,8 @@ def card(ws: Workspace, evaluator: PolicyEvaluator | None) -> dict[str, Any]:
     out["correlations"] = correlations(scored)
     out["probes"] = _probes(scored, evaluator)
     out["search"] = search(scored, len(drawn))
-    records = ws.stage("rlhf") / "metrics.jsonl"
-    if records.exists():
-        out["rlhf"] = what_happened([r for r in metrics.read(records) if r["kind"] == "eval"])
+    if (ws.stage("rlhf") / "metrics.jsonl").exists():
+        out["rlhf"] = what_happened(evaluations(ws.stage("rlhf")))
     return out
 
 
@@ -88,13 +93,33 @@ def _labels(report: dict, pairs: Sequence[Pair], gap: np.ndarray, ws: Workspace)
     }
     if known:
         ceiling, floor = bayes_rates(p)
+        way = ceiling - 0.5  # none where every label is a coin's
         out |= {
             "bayes_accuracy": ceiling,
-            "way_to_bayes": (out["accuracy"] - 0.5) / max(ceiling - 0.5, 1e-9),
+            "way_to_bayes": (out["accuracy"] - 0.5) / way if way > EVEN else None,
             "bayes_log_loss": floor,
             "bayes_brier": float((p * (1 - p)).mean()),
         }
-    return out
+    return out | _against_gold(pairs, gap)
+
+
+def _against_gold(pairs: Sequence[Pair], gap: np.ndarray) -> dict[str, float]:
+    """Accuracy against the true order, which no rater's error lowers; {} where it isn't known.
+
+    Pairs of equal gold have no order and are left out. The interval is over prompts.
+    """
+    known = [
+        (pair.prompt, pair.gold_chosen > pair.gold_rejected, float(difference))
+        for pair, difference in zip(pairs, gap, strict=True)
+        if pair.gold_chosen is not None and pair.gold_rejected is not None
+        if pair.gold_chosen != pair.gold_rejected
+    ]
+    if not known:
+        return {}
+    right = np.array([0.5 if d == 0 else float((d > 0) == better) for _, better, d in known])
+    low, high = cluster_interval(right, [prompt for prompt, *_ in known])
+    found = {"": float(right.mean()), "_low": low, "_high": high}
+    return {f"accuracy_of_gold{end}": value for end, value in found.items()}
 
 
 def _by_margin(pairs: Sequence[Pair], gap: np.ndarray, ws: Workspace) -> list[dict[str, float]]:
@@ -212,7 +237,10 @@ def _probes(scored: Scored, evaluator: PolicyEvaluator) -> list[dict[str, Any]]:
         raise ValueError("probes compare the reward with gold: there must be a judge")
 
     def paid(told: list[str]) -> np.ndarray:
-        longest = ws.config.reward.max_tokens
+        # What makes a text longer than any pair is to be read to its end, as RLHF would read it;
+        # rotary positions have no last one.
+        rows = zip(prompts, told, strict=True)
+        longest = max(len(encode(ws.tokenizer, prompt, text)) for prompt, text in rows)
         return paid_texts(evaluator.reward_model, ws.tokenizer, prompts, told, longest)
 
     before, gold = paid(texts), judge(prompts, texts)
@@ -229,13 +257,15 @@ def _probes(scored: Scored, evaluator: PolicyEvaluator) -> list[dict[str, Any]]:
 def search(scored: Scored, prompts: int) -> dict[str, Any]:
     """Best-of-n of the reference: gold by n, the traps it found, and the KL where gold was best.
 
-    `safe_kl` is that of the n at which gold is highest, found without training anything. A trap is
-    a completion that wins its prompt by proxy though most others there have higher gold.
+    `safe_kl` is that of the n at which gold is highest, found without training anything; None
+    where gold `rising_to_the_last`, since it is then at least the last `kl`. A trap is a completion
+    that wins its prompt by proxy though most others there have higher gold.
     """
     gold = np.asarray(scored.gold, np.float64).reshape(prompts, -1)
     proxy = scored.proxy.astype(np.float64).reshape(prompts, -1)
     by_n = best_of_doublings(proxy, gold)
     best = int(np.argmax(by_n["gold"]))
+    rising = best == len(by_n["n"]) - 1
     winners = proxy.argmax(axis=1)
     rank = np.array([(g < g[w]).mean() for g, w in zip(gold, winners, strict=True)])
     order = np.argsort(rank)[:TRAPS]
@@ -252,9 +282,9 @@ def search(scored: Scored, prompts: int) -> dict[str, Any]:
             }
         )
     return by_n | {
-        "safe_kl": by_n["kl"][best],
-        "safe_n": int(by_n["n"][best]),
-        "rising_to_the_last": best == len(by_n["n"]) - 1,
+        "safe_kl": None if rising else by_n["kl"][best],
+        "safe_n": None if rising else int(by_n["n"][best]),
+        "rising_to_the_last": rising,
         "share_of_traps": float((rank < 0.5).mean()),
         "traps": traps,
     }

@@ -53,6 +53,23 @@ def test_runs_that_differ_in_seeds_alone_are_one_arm():
     assert list(found) == ["rloo, kl_coef 0.04", "rloo, kl_coef 0.5"]
 
 
+def test_arms_of_runs_in_folders_of_the_same_name_keep_their_own():
+    """`evaluate runs/a/rlhf runs/b/rlhf runs/c/rlhf` once lost all but two of them."""
+    config = Config()
+    paths = [Path("runs") / name / "rlhf" for name in "abc"]
+    found = arms(
+        {
+            path: config.model_copy(
+                update={"judge": config.judge.model_copy(update={"name": name})}
+            )
+            for path, name in zip(paths, ("length", "repetition", "none"), strict=True)
+        }
+    )
+    assert list(found.values()) == [[path] for path in paths]
+    plain = "rloo, kl_coef 0.04"
+    assert list(found) == [plain, f"{plain} (rlhf)", f"{plain} (runs/c/rlhf)"]
+
+
 def test_the_frontier_is_a_picture():
     curve = Curve(*(np.arange(3.0) for _ in range(4)))
     assert frontier({"ppo": [curve], "grpo": [curve, curve]}).startswith(b"\x89PNG")

@@ -10,14 +10,18 @@ from hypothesis import strategies as st
 from minilm.studies.curves import (
     Curve,
     best_budget,
+    best_of_doublings,
     best_of_n,
     best_of_n_kl,
     falls,
     fit_seeds,
     gao_fit,
     gao_value,
+    most_n,
+    regrets,
     rises,
     stopped_at,
+    stops,
     student_interval,
 )
 
@@ -54,6 +58,14 @@ def test_the_fall_is_measured_from_where_the_others_would_stop():
     assert rises(seeds) == [2.0, 2.0]
 
 
+def test_a_seed_stops_where_the_others_were_best():
+    seeds = [curve([0, 5, 0, 0, 0]), curve([0, 0, 3, 0, 0])]
+    assert stops(seeds) == [2, 1]
+    assert stops([seeds[0]] * 2) == [1, 1]  # the same run twice is still two
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        stops(seeds[:1])
+
+
 def test_noise_alone_is_no_fall():
     """A seed's own maximum would lie 1.5 above its last value; the others' budget does not."""
     rng = np.random.default_rng(0)
@@ -61,6 +73,15 @@ def test_noise_alone_is_no_fall():
     for _ in range(200):
         seeds = [curve(rng.normal(size=5)) for _ in range(4)]
         means.append(np.mean(falls(seeds)))
+    assert abs(np.mean(means)) < 4 * np.std(means) / np.sqrt(200)
+
+
+def test_regret_of_noise_is_none():
+    """Of a budget chosen on the seeds it is judged by, it would be 0.6 above any other's."""
+    rng, means = np.random.default_rng(0), []
+    for _ in range(200):
+        seeds = [curve(rng.normal(size=5)) for _ in range(4)]
+        means.append(np.mean(regrets(seeds, 2.0)))
     assert abs(np.mean(means)) < 4 * np.std(means) / np.sqrt(200)
 
 
@@ -102,6 +123,24 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
 def test_best_of_more_than_there_are_is_refused():
     with pytest.raises(ValueError, match="between 1 and the 5"):
         best_of_n(np.zeros((2, 5)), np.zeros((2, 5)), 6)
+
+
+def test_the_interval_of_best_of_n_is_that_of_a_mean_over_prompts():
+    """At n = 1 that of the prompts' own means, ± 1.96 s.d. / √P; of 1,000 resamples to 5 %."""
+    rng = np.random.default_rng(0)
+    proxy, gold = rng.normal(size=(200, 4)), rng.normal(size=(200, 4)) + rng.normal(size=(200, 1))
+    found = best_of_doublings(proxy, gold)
+    half = 1.96 * gold.mean(axis=1).std() / np.sqrt(200)
+    assert found["gold_low"][0] == pytest.approx(gold.mean() - half, abs=0.15 * half)
+    assert found["gold_high"][0] == pytest.approx(gold.mean() + half, abs=0.15 * half)
+    assert len(found["gold_low"]) == len(found["gold_high"]) == len(found["n"]) == 3
+
+
+def test_the_most_n_of_a_budget_spends_no_more_than_it():
+    for kl in (0.0, 0.2, 1.0, 2.5):
+        n = most_n(kl, 1000)
+        assert best_of_n_kl(n) <= kl < best_of_n_kl(n + 1)
+    assert most_n(20.0, 64) == 64
 
 
 def test_best_of_n_kl_is_that_of_the_maximum_of_uniforms():

@@ -1,21 +1,26 @@
 """`minilm evaluate`: the files it writes and what they hold."""
 
+import io
 import json
 import shutil
 
 import pytest
+from rich.console import Console
 
 from minilm import cli
-from minilm.studies.evaluation import shade, underline
+from minilm.stages.policy import PolicyEvaluator
+from minilm.stages.workspace import open_run
+from minilm.studies.evaluation import collected_as_paid, render, shade, underline
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny, tiny_run, tmp_path_factory, compiling_once):
-    """Two runs on one reward model, the second with another seed and no KL penalty."""
+    """Two runs on one reward model, the second paid by gold too, at a KL price that moves."""
     folder = tmp_path_factory.mktemp("evaluate")
     first = shutil.copytree(tiny_run, folder / "first")
     words = ["rlhf", str(tiny), "--init", str(first), "--out", str(folder / "second")]
-    assert cli.main([*words, "--rlhf.kl-coef", "0"]) == 0
+    words += ["--rlhf.judge-weight", "1", "--rlhf.kl-target", "0.001"]
+    assert cli.main([*words, "--rlhf.kl-horizon", "100"]) == 0
     out = folder / "out"
     assert cli.main(["evaluate", str(first), str(folder / "second"), "--out", str(out)]) == 0
     return out
@@ -52,6 +57,24 @@ def test_the_page_shows_the_same_prompts_before_and_after(evaluated):
     assert "log π/π_ref" in page
 
 
+def test_what_is_shown_is_priced_as_the_run_was(evaluated):
+    """The page once left out gold's share of the reward, and priced KL as at the start."""
+    run = evaluated.parent / "second"
+    ws = open_run(run)
+    before, after = collected_as_paid(ws, PolicyEvaluator(ws))
+    learned, gold = (before.metrics[f"reward/{name}"].value for name in ("learned", "judge"))
+    assert float(before.scores.mean()) == pytest.approx(float(learned + gold), abs=1e-5)
+    assert abs(float(gold)) > 1e-3
+    rows = [json.loads(line) for line in (run / "rlhf/metrics.jsonl").read_text().splitlines()]
+    # The coefficient of the last step, which itself moved it once more, by a fifth at most.
+    last = [row["objective/kl_coef"] for row in rows if "objective/kl_coef" in row][-1]
+    coef = ws.config.rlhf.kl_coef
+    scales = [float(side.batch.kl_scale[0]) for side in (before, after)]
+    assert scales[0] == 1
+    assert scales[1] != 1
+    assert scales[1] * coef == pytest.approx(last, rel=0.2 * 16 / 100 + 1e-4)
+
+
 def test_colours_say_likelier_or_less_likely_and_how_good():
     assert shade(3.0) == "rgba(213,94,0,0.75)"
     assert shade(-3.0) == "rgba(0,114,178,0.75)"
@@ -63,3 +86,25 @@ def test_colours_say_likelier_or_less_likely_and_how_good():
 def test_a_folder_without_a_reward_model_is_refused(tiny, tmp_path, capsys):
     assert cli.main(["evaluate", str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err
+
+
+def told(card: dict) -> str:
+    console = Console(width=200, file=io.StringIO(), force_terminal=False)
+    for shown in render({"cards": [card]}):
+        console.print(shown)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_what_is_not_known_of_a_card_is_not_claimed(evaluated):
+    """Gold that rises to the last n sets a least, and there is no way to a ceiling of 0.5."""
+    card = json.loads((evaluated / "card.json").read_text())
+    search = card["search"] | {"n": [1.0, 64.0], "kl": [0.0, 3.17]}
+    rising = search | {"rising_to_the_last": True, "safe_kl": None, "safe_n": None}
+    text = told(card | {"search": rising, "labels": card["labels"] | {"way_to_bayes": None}})
+    assert "at least KL 3.17 nats (gold rises to the last n, best of 64)" in text
+    assert "way from 0.5" not in text
+    fallen = search | {"rising_to_the_last": False, "safe_kl": 0.5, "safe_n": 4}
+    text = told(card | {"search": fallen})
+    assert "safe up to KL 0.50 nats (best of 4)" in text
+    assert "way from 0.5" in text

@@ -35,6 +35,12 @@ def cosine(a, b) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
+def apart(a, b) -> float:
+    """Distance, as a share of the second's length; rounding alone is 1e-4."""
+    a, b = flat(a), flat(b)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
 def close(a, b) -> None:
     a, b = flat(a), flat(b)
     np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
@@ -103,30 +109,89 @@ def test_k3_varies_less_than_k1_near_the_reference(case):
     assert variance("k3") < 0.05 * variance("k1")
 
 
-def test_the_gradient_of_k1_is_zero_and_of_k2_that_of_the_kl(case):
-    """So k1 as a loss is no penalty at all; k2's gradient is right though its value is not."""
+def gradient_as_loss(case, estimator, *, old=None):
+    """∇ E[Σ_t k(t)] as RLHF takes it: the tokens are the current policy's, and constants.
+
+    With `old` they are another policy's, and weighed by the ratio of the two.
+    """
     world, policy, reference, _ = case
     theirs = exact.token_logprobs(reference, world)
-    p = jnp.asarray(np.exp(exact.logprobs(policy, world)), jnp.float32)
+    sampler = policy if old is None else old
+    p = jnp.asarray(np.exp(exact.logprobs(sampler, world)), jnp.float32)
+    before = exact.token_logprobs(sampler, world)
 
-    def gradient(estimator):
-        def loss(m):
-            each = kl_estimate(exact.token_logprobs(m, world), theirs, estimator=estimator)
-            return jnp.sum(p[:, None] * jnp.where(world.mask, each, 0.0))
+    def loss(m):
+        ours = exact.token_logprobs(m, world)
+        each = kl_estimate(ours, theirs, estimator=estimator)
+        ratio = 1.0 if old is None else jnp.exp(jnp.cumsum(ours - before, axis=1))
+        return jnp.sum(p[:, None] * jnp.where(world.mask, ratio * each, 0.0))
 
-        return jax.grad(loss)(policy)
+    return jax.grad(loss)(policy)
 
-    zero = np.zeros(len(world.tokens))
-    q = exact.logprobs(reference, world)
-    truth = jax.tree.map(
-        lambda x: -x, exact.objective_gradient(policy, world, zero, reference=q, beta=1.0)
-    )
-    scale = np.abs(flat(truth)).max()
-    assert np.abs(flat(gradient("k1"))).max() < 1e-3 * scale
-    # Token by token k2 leaves out what a token does to the KL of later ones.
-    assert cosine(gradient("k2"), truth) > 0.7
-    # k3's is that of the KL the other way round: near it here, not the same.
-    assert 0.3 < cosine(gradient("k3"), truth) < 0.999
+
+def next_token_gradients(case):
+    """∇ of Σ over prefixes, as often as the policy writes them, of KL between next tokens.
+
+    Both ways round, (policy ‖ reference) and (reference ‖ policy), by listing prefixes and tokens;
+    how often a prefix comes is a constant.
+    """
+    world, policy, reference, _ = case
+    p, theirs = np.exp(exact.logprobs(policy, world)), exact.token_logprobs(reference, world)
+    weights = np.zeros(world.tokens.shape)  # of a prefix, at one completion for each next token
+    for t in range(world.width):
+        _, prefix = np.unique(world.tokens[:, :t], axis=0, return_inverse=True)
+        _, first = np.unique(world.tokens[:, : t + 1], axis=0, return_index=True)
+        mass = np.bincount(prefix.reshape(-1), p)[prefix.reshape(-1)]
+        weights[first, t] = np.where(world.mask[first, t], mass[first], 0.0)
+    constant = jnp.asarray(weights, jnp.float32)
+
+    def reverse(m):
+        ours = exact.token_logprobs(m, world)
+        return jnp.sum(constant * jnp.exp(ours) * (ours - theirs))
+
+    def forward(m):
+        return jnp.sum(constant * jnp.exp(theirs) * (theirs - exact.token_logprobs(m, world)))
+
+    return jax.grad(reverse)(policy), jax.grad(forward)(policy)
+
+
+def whole_kl_gradient(case):
+    """∇ KL(policy ‖ reference) of whole completions."""
+    world, policy, reference, _ = case
+    zero, q = np.zeros(len(world.tokens)), exact.logprobs(reference, world)
+    found = exact.objective_gradient(policy, world, zero, reference=q, beta=1.0)
+    return jax.tree.map(lambda x: -x, found)
+
+
+def test_the_gradient_of_k1_as_a_loss_is_zero(case):
+    scale = np.abs(flat(whole_kl_gradient(case))).max()
+    assert np.abs(flat(gradient_as_loss(case, "k1"))).max() < 1e-3 * scale
+
+
+def test_k2s_gradient_is_that_of_the_kl_of_each_next_token_and_k3s_of_it_the_other_way_round(case):
+    """Neither is the other's: swapped, k2 and k3 would fail both."""
+    reverse, forward = next_token_gradients(case)
+    close(gradient_as_loss(case, "k2"), reverse)
+    close(gradient_as_loss(case, "k3"), forward)
+    assert apart(reverse, forward) > 0.05
+
+
+def test_what_k2_leaves_out_is_what_a_token_does_to_the_kl_of_later_ones(case):
+    """So even k2's is not the gradient of the KL of whole completions, but near it."""
+    found, whole = gradient_as_loss(case, "k2"), whole_kl_gradient(case)
+    assert cosine(found, whole) > 0.7
+    assert apart(found, whole) > 0.1
+
+
+@pytest.mark.parametrize(("estimator", "right"), [("k1", True), ("k3", True), ("k2", False)])
+def test_weighed_by_the_ratio_every_unbiased_estimator_has_the_kls_gradient(case, estimator, right):
+    """The ratio of whole prefixes brings back how often they come: then k1 and k3, not k2."""
+    old = exact.model_of(case[0], 3)
+    found, whole = gradient_as_loss(case, estimator, old=old), whole_kl_gradient(case)
+    if right:
+        close(found, whole)
+    else:
+        assert apart(found, whole) > 0.01
 
 
 def expected_advantages(p, reward, estimator, group=2) -> np.ndarray:

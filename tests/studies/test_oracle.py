@@ -56,12 +56,26 @@ def test_the_frontier_is_that_of_the_tilted_reference(task, found):
     assert (np.array(best["reward"][1:]) <= most + 0.02).all()
 
 
-def test_the_command_writes_figures_and_a_picture(tmp_path, capsys, compiling_once):
-    words = ["oracle", "--out", str(tmp_path), "--algorithms", "rloo", "--steps", "5"]
+def test_the_command_writes_figures_and_a_picture_of_an_algorithms_rows(
+    tmp_path, capsys, compiling_once
+):
+    words = ["oracle", "--out", str(tmp_path), "--algorithms", "grpo", "--steps", "5"]
     assert cli.main(words) == 0
     assert "of the optimum" in capsys.readouterr().out
-    assert set(json.loads((tmp_path / "oracle.json").read_text())["algorithms"]) == {"rloo"}
+    found = json.loads((tmp_path / "oracle.json").read_text())
+    assert set(found["algorithms"]) == {"grpo", "grpo, k2"}
     assert (tmp_path / "oracle.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_and_how_kl_is_priced_is_the_configs(task):
+    """`rlhf.kl_estimator` and `rlhf.kl_in` were once left out: every row took its paper's."""
+
+    def after(name, **priced):
+        return oracle.train(name, task, oracle.SETTINGS.model_copy(update=priced), 5).kl[-1]
+
+    own = after("grpo")
+    assert after("grpo", kl_estimator="k2") == after("grpo, k2") != own
+    assert after("grpo", kl_in="reward") not in (own, after("grpo, k2"))
 
 
 def test_a_misspelt_algorithm_is_named(tmp_path, capsys):

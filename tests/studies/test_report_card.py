@@ -5,7 +5,9 @@ import pytest
 
 from minilm.generate import Samples
 from minilm.stages.policy import PolicyEvaluator, Scored
+from minilm.stages.reward import encode
 from minilm.stages.workspace import open_run
+from minilm.studies import report_card
 from minilm.studies.report_card import (
     calibration,
     card,
@@ -16,6 +18,7 @@ from minilm.studies.report_card import (
     spoilt,
     what_happened,
 )
+from minilm.text.preferences import Pair
 
 
 def scored(texts, proxy, gold, prompts=None) -> Scored:
@@ -70,8 +73,10 @@ def test_the_safe_kl_is_where_gold_stops_rising_with_n():
     found = search(scored(["t"] * 640, proxy, gold), 40)
     assert not found["rising_to_the_last"]
     assert found["safe_n"] < 16
+    assert found["safe_kl"] == found["kl"][found["n"].index(found["safe_n"])]
     faithful = search(scored(["t"] * 640, proxy, proxy), 40)
     assert faithful["rising_to_the_last"]
+    assert faithful["safe_kl"] is faithful["safe_n"] is None  # beyond what was drawn
 
 
 def test_the_peak_of_gold_is_compared_with_the_end():
@@ -108,3 +113,56 @@ def test_an_untrained_model_is_farther_from_the_truth_than_a_trained_one(tiny_ru
     blank = calibration(model, ws, documents)
     assert 0 < trained["kl_from_truth"] < blank["kl_from_truth"]
     assert 0 <= trained["ece"] <= 1
+
+
+@pytest.mark.parametrize("known", [[True, False], [False, True], [True, True]])
+def test_accuracy_by_gold_wants_the_gold_of_all_pairs(tiny_run, monkeypatch, known):
+    pairs = [
+        Pair(f"A fox {n}.", " It ran.", " It fell.", gold_chosen=1.0 if has else None,
+             gold_rejected=0.0 if has else None)
+        for n, has in enumerate(known)
+    ]  # fmt: skip
+    monkeypatch.setattr(report_card, "held_out_pairs", lambda ws: (pairs, 0))
+    assert ("by_margin" in card(open_run(tiny_run), None)) == all(known)
+
+
+def test_there_is_no_way_to_a_ceiling_of_one_half(tiny_run):
+    ws = open_run(tiny_run)
+    alike = [Pair("A fox.", " It ran.", f" It fell {n}.", 3, 5, 1.0, 1.0) for n in range(4)]
+    names = ("accuracy", "accuracy_low", "accuracy_high", "log_loss", "ece", "gold_correlation")
+    found = report_card._labels(dict.fromkeys(names, 0.5), alike, np.zeros(4), ws)
+    assert (found["bayes_accuracy"], found["way_to_bayes"]) == (0.5, None)
+
+
+def test_against_gold_a_raters_error_is_not_the_models():
+    """Votes that err leave it; equal gold has no order; a model that cannot tell is half right."""
+    golds = [(1.0, 0.0), (0.0, 1.0), (2.0, 1.0), (1.0, 1.0), (0.0, 3.0)]
+    pairs = [
+        Pair(f"A fox {n}.", " It ran.", " It fell.", 3, 5, *gold) for n, gold in enumerate(golds)
+    ]
+    found = report_card._against_gold(pairs, np.array([1.0, -2.0, 0.0, 5.0, 1.0]))
+    assert found["accuracy_of_gold"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert (
+        found["accuracy_of_gold_low"] < found["accuracy_of_gold"] < found["accuracy_of_gold_high"]
+    )
+    assert report_card._against_gold(pairs[3:4], np.ones(1)) == {}
+
+
+def test_probes_are_read_to_their_end(tiny_run, monkeypatch):
+    """Cut at `reward.max_tokens`, what was said three times more was not read."""
+    evaluator, texts = PolicyEvaluator(open_run(tiny_run)), [" A fox sat. It slept." * 5] * 2
+    tokenizer = evaluator.ws.tokenizer
+    told = scored(texts, [0.0] * 2, [0.0] * 2)
+    lengths, limits = [], []
+
+    def paid(model, tokenizer, prompts, completions, max_tokens):
+        pairs = zip(prompts, completions, strict=True)
+        lengths.append(max(len(encode(tokenizer, p, t)) for p, t in pairs))
+        limits.append(max_tokens)
+        return np.zeros(len(completions))
+
+    monkeypatch.setattr(report_card, "paid_texts", paid)
+    report_card._probes(told, evaluator)
+    assert max(lengths) > max(len(encode(tokenizer, "p", t)) for t in texts)
+    assert max(lengths) > evaluator.ws.config.reward.max_tokens
+    assert all(length <= limit for length, limit in zip(lengths, limits, strict=True))
