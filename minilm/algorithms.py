@@ -54,9 +54,9 @@ class Algorithm(NamedTuple):
     advantages: Callable[[PerToken, Rollout, RLHFConfig], tuple[PerToken, PerToken | None]]
     terms: Mapping[str, float | str]  # trained ones and their weights, or the config key of one
     kl: Price | None  # None: the algorithm knows no price
-    # What a reward is compared with: the others of its prompt, all of the batch, or a value head
-    # of the policy's, trained by the term `value`.
-    baseline: Literal["group", "batch", "critic"]
+    # What a completion's reward is compared with, the others of its prompt or of the batch; or a
+    # token's, the batch's tokens or a value head of the policy's, trained by the term `value`.
+    baseline: Literal["group", "batch", "tokens", "critic"]
     # What weighs the same: every token, every sequence, every token as a share of the longest
     # possible sequence ("slot"), or every token that has an advantage at all ("chosen").
     over: Literal["token", "sequence", "slot", "chosen"]
@@ -142,7 +142,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     # Williams (1992), with the batch's mean as baseline.
     "reinforce": Algorithm(_of_batch, _gradient, _paid, "batch", "token"),
     # Hu et al. (2025), arXiv:2501.03262.
-    "reinforce++": Algorithm(_whitened_to_go, _clipped, _paid, "batch", "token"),
+    "reinforce++": Algorithm(_whitened_to_go, _clipped, _paid, "tokens", "token"),
     # Anthony et al. (2017), arXiv:1705.08439: cross-entropy on the best of each group.
     "expert_iteration": Algorithm(
         _of_group(best_of_group), {"imitation": 1.0}, _paid, "group", "chosen"

@@ -201,6 +201,15 @@ def keep_best(folder: Path, stopped: int) -> Path:
     return best
 
 
+def went_back_to(folder: Path) -> int | None:
+    """The step that `keep_best` made the last; None where it did not."""
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        with contextlib.suppress(UserError):  # a damaged one says nothing
+            record = metadata(path)
+            return record["step"] if "stopped_at" in record else None
+    return None
+
+
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None without any. A line on stderr for each damaged one.
 

@@ -220,7 +220,7 @@ def _oracle(name: str, words: list[str]) -> None:
     parser = _Parser(prog=f"minilm {name}", description=COMMANDS[name].help, allow_abbrev=False)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/oracle"), help="folder (default: runs/oracle)")
-    add("--algorithms", nargs="+", metavar="NAME", help="rows of ALGORITHMS (default: all)")
+    add("--algorithms", nargs="+", metavar="NAME", help="rows of its table (default: all)")
     add("--steps", type=_number(int, 1), default=300, metavar="N", help="default: 300")
     args = parser.parse_args(words)
     from minilm.algorithms import ALGORITHMS

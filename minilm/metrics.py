@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from minilm import checkpoint
 from minilm.errors import UserError
 from minilm.files import write_atomically
 from minilm.losses.reduce import Mean
@@ -107,6 +108,16 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError("not a record of metrics", where=f"{path}:{number}") from error
     return found
+
+
+def evaluations(stage: Path) -> list[dict[str, Any]]:
+    """The "eval" records in a stage's folder, up to the model that it kept.
+
+    The file goes on beyond that where training went back to its best, or to `rlhf.kl_budget`.
+    """
+    rows = [r for r in read(stage / "metrics.jsonl") if r["kind"] == "eval"]
+    kept = checkpoint.went_back_to(stage / "checkpoints")
+    return [r for r in rows if kept is None or r["step"] <= kept]
 
 
 class Progress:

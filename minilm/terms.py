@@ -110,7 +110,8 @@ def check_grades(config: Config, ratings: Sequence[float]) -> None:
     outside = [x for x in ratings if not low <= x <= high]
     if outside:
         problem = f"{len(outside)} of {len(ratings)} ratings are not from low to high"
-        allowed, hint = f"{low} to {high}", "low and high are the ends of the raters' scale"
+        allowed = f"{low} to {high}"
+        hint = "low and high end the raters' scale; without ratings a share of votes counts"
         raise UserError(problem, where=where, value=outside[0], allowed=allowed, hint=hint)
 
 

@@ -46,3 +46,8 @@ class RunFolder:
         path = self._file(stage, "metrics.jsonl")
         records = metrics.read(path) if path.exists() else []
         return [Figures(r) for r in records if r["kind"] == kind]
+
+    def evaluations(self, stage: str) -> list[Figures]:
+        """Its "eval" records, up to the model that it kept."""
+        path = self._file(stage, "metrics.jsonl")
+        return [Figures(r) for r in metrics.evaluations(path.parent)] if path.exists() else []

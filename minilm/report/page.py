@@ -37,7 +37,7 @@ def render(run: RunFolder) -> str:
     """The page as HTML: a function of the folder's files alone."""
     corpus, stages = run.config.corpus, ("pretrain", "preferences", "reward", "rlhf")
     records = {stage: run.json(stage, "done.json") for stage in stages}
-    evaluations, samples = run.metrics("rlhf", "eval"), run.rows("rlhf", "samples.jsonl")
+    evaluations, samples = run.evaluations("rlhf"), run.rows("rlhf", "samples.jsonl")
     pairs = run.rows("preferences", "train.jsonl")[:200]
 
     def disagreement(pair: Figures) -> float:
@@ -92,7 +92,7 @@ def _plots(run: RunFolder) -> dict[str, Markup | None]:
         Panel("KL, nats", [_line(policy, "objective/kl", "KL", plots.MODEL)]),
         Panel("tokens", [_line(policy, "completions/mean_length", "length", plots.SOFT)]),
     ]
-    after = run.metrics("rlhf", "eval")
+    after = run.evaluations("rlhf")
     proxy = _line(after, "proxy", "proxy", plots.PROXY, "o", x="kl")
     truth = _line(after, "gold", "gold", plots.GOLD, "o", x="kl")
     parses = _line(after, "parse_share", "parse share", plots.PARSE, "o", x="kl")

@@ -30,7 +30,11 @@ def check(config: Config, todo: list[str]) -> None:
         if config.rlhf.value_warmup_steps and not algorithm.critic:
             problem, where = f"{config.rlhf.algorithm} has no critic", "rlhf.value_warmup_steps"
             raise UserError(problem, where=where, value=config.rlhf.value_warmup_steps, allowed="0")
-        if config.rlhf.whiten_rewards and algorithm.baseline == "group":
+        size = config.rlhf.prompts_per_step * config.rlhf.group_size
+        if size < 2 and algorithm.baseline == "batch":
+            problem = f"{config.rlhf.algorithm} compares a completion with others of its step"
+            raise UserError(problem, where="rlhf.prompts_per_step", value=1, allowed="at least 2")
+        if config.rlhf.whiten_rewards and algorithm.baseline in ("group", "batch"):
             problem = f"{config.rlhf.algorithm} reads a completion's reward as a whole"
             allowed = "false; tokens' rewards are whitened for ppo and reinforce++"
             raise UserError(problem, where="rlhf.whiten_rewards", value=True, allowed=allowed)
@@ -48,15 +52,16 @@ def check(config: Config, todo: list[str]) -> None:
         configured_objective(aims[stage], stage, config, 10**6)
     if "sft" in todo:
         examples_of(config)
-    ratings: list[float | None] = []
+    ratings = [0.0, 1.0] if "preferences" in todo else []  # shares of simulated votes
     if "preferences" in todo and config.preferences.file:
         pairs = users_pairs(Path(config.preferences.file))
-        ratings = [x for p in pairs for x in (p.rating_chosen, p.rating_rejected)]
+        both = (x for p in pairs for x in (p.rating_chosen, p.rating_rejected))
+        ratings = [x for x in both if x is not None]
     elif "preferences" in todo and config.judge.name == "none":
         hint = "name a judge, or give your own pairs: --preferences.file FILE.jsonl"
         raise UserError("there is no judge to label pairs", where="judge.name", hint=hint)
     if "reward" in todo:
-        check_grades(config, [x for x in ratings if x is not None])
+        check_grades(config, ratings)
     if not {"preferences", "rlhf"} & set(todo):
         return
     corpus, sizes = config.corpus, config.prompts
@@ -70,9 +75,12 @@ def check(config: Config, todo: list[str]) -> None:
             hint="lower the counts, or raise corpus.held_out or corpus.documents",
         )
     if gold := configured(config):
-        if config.judge.name == "fables" and corpus.kind != "fables":
-            hint = 'name "length", your "module:function" or "none", or stop at --until pretrain'
-            raise UserError("knows fables alone", where="judge.name", value="fables", hint=hint)
+        names = {"judge.name": config.judge.name}
+        names |= {"preferences.rater_judge": config.preferences.rater_judge}
+        for where, name in names.items():
+            if name == "fables" and corpus.kind != "fables":
+                hint = 'name "length" or your "module:function", or stop at --until pretrain'
+                raise UserError("knows fables alone", where=where, value=name, hint=hint)
         gold(["Once upon a time"], [" a fox slept."])
     simulated = "preferences" in todo and not config.preferences.file
     if simulated and (raters := rater_judge(config)):

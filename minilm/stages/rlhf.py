@@ -198,8 +198,6 @@ def make_collect(
         ended = rollout.finished.astype(jnp.float32)
         lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
         gap = jnp.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
-        groups = jnp.std(score.reshape(-1, config.group_size), axis=1)
-        every = jnp.ones_like(groups)
         kl = mean(jnp.sum(gap, axis=1), one)
         metrics = {
             "objective/kl": kl,
@@ -210,9 +208,13 @@ def make_collect(
             "objective/entropy": mean(-jnp.sum(rollout.logprobs, axis=1), one),
             "completions/mean_length": mean(lengths, one),
             "completions/clipped_ratio": mean(1.0 - ended, one),
-            "reward_std": mean(groups, every),
-            "frac_reward_zero_std": mean((groups < 1e-6).astype(jnp.float32), every),
         }
+        if config.group_size > 1:
+            groups = jnp.std(score.reshape(-1, config.group_size), axis=1)
+            every = jnp.ones_like(groups)
+            alike = (groups < 1e-6).astype(jnp.float32)
+            spread = {"reward_std": mean(groups, every), "frac_reward_zero_std": mean(alike, every)}
+            metrics |= spread
         following = next_kl_scale(kl_scale, kl.value, len(score), config)
         return Collected(samples, rollout, score, batch, metrics, following)
 

@@ -15,8 +15,9 @@ from minilm.errors import UserError
 from minilm.files import read_json, write_atomically, write_json
 from minilm.model import Transformer
 from minilm.run import run
+from minilm.stages.evaluate import texts_of
 from minilm.stages.policy import PolicyEvaluator
-from minilm.stages.reward import paid_texts
+from minilm.stages.reward import encode, paid_texts
 from minilm.stages.workspace import Workspace, open_run
 from minilm.studies import plots
 from minilm.studies.comparison import two_way_interval
@@ -107,10 +108,15 @@ def blame(ws: Workspace, path: Path, folder: Path, choice: backend.Choice) -> di
     kl = read_json(ws.stage("rlhf") / "evaluation.json")["kl"]
     n = most_n(budget(ws.config.rlhf, kl), SAMPLES)
     evaluator = PolicyEvaluator(ws)
+    judge = evaluator.judge
+    if judge is None:
+        raise ValueError("gold is what stages are blamed by: there must be a judge")
     prompts = [p for p in evaluator.prompts["evaluation"][:PROMPTS] for _ in range(SAMPLES)]
 
     def gold_of(policy: Transformer) -> PerPrompt:
-        return _by_prompt(evaluator.score(policy, prompts, seed=45).gold).mean(axis=1)
+        _, samples = evaluator.complete(policy, prompts, seed=45)
+        texts = texts_of(samples, ws.tokenizer)
+        return _by_prompt(judge(prompts, texts)).mean(axis=1)
 
     swaps = []
     gold = clean = gold_of(ws.load("rlhf", scalar_head=False))
@@ -196,7 +202,7 @@ def _sampled(evaluator: PolicyEvaluator, prompts: list[str], n: int) -> Sampled:
         return Sampled(reference, None, spread)
     size = config.corpus.size
     told = [complete(p, (config.seed, 46, i), size=size) for i, p in enumerate(prompts)]
-    longest = config.reward.max_tokens
+    longest = max(len(encode(tokenizer, *row)) for row in zip(prompts, told, strict=True))
     proxy = paid_texts(evaluator.reward_model, tokenizer, prompts, told, longest)
     judged = _by_prompt(evaluator.judge(prompts, told))
     return Sampled(reference, best_of_n(_by_prompt(proxy), judged, n), spread)

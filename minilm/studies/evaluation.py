@@ -234,7 +234,8 @@ def _render_card(card: dict[str, Any]) -> list[Any]:
     if labels.get("way_to_bayes") is not None:
         table.add_row("way from 0.5 to there", f"{labels['way_to_bayes']:.0%}", "100%")
     if "accuracy_of_gold" in labels:
-        table.add_row("accuracy against gold", f"{labels['accuracy_of_gold']:.3f}", "1")
+        mean, low, high = (labels[f"accuracy_of_gold{end}"] for end in ("", "_low", "_high"))
+        table.add_row("accuracy against gold", f"{mean:.3f} [{low:.3f}, {high:.3f}]", "1")
     table.add_row("accuracy against votes", f"{labels['accuracy_of_votes']:.3f}", "")
     table.add_row("log-loss, nats", f"{labels['log_loss']:.3f}", told["log_loss"])
     table.add_row("Brier score", f"{labels['brier']:.3f}", told["brier"])

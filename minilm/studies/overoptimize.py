@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from minilm import backend, checkpoint, metrics
+from minilm import backend, metrics
 from minilm.config import Config
 from minilm.errors import UserError
 from minilm.files import read_json, stage_folder, write_atomically, write_json
@@ -35,7 +35,7 @@ from minilm.studies.curves import (
 )
 
 console = Console(soft_wrap=True)
-# (seed, limits, prompts) -> rows of the prompts, and the reference's completions.
+# (reference, seed, n, limits, prompts) -> rows of the prompts, and the reference's completions.
 type Drawn = dict[tuple[int | str, ...], tuple[np.ndarray, Samples]]
 type Load = Callable[[Sequence[str]], Config]  # options laid over a config -> the Config
 
@@ -97,7 +97,7 @@ def _best_of(config: Config, folder: Path, drawn: Drawn) -> None:
     """Proxy and gold of `study.best_of` completions of the reference for some prompts.
 
     Args:
-      drawn: what the arms before have drawn; all have one reference.
+      drawn: what the arms before have drawn.
     """
     sizes = {"best_of": config.study.best_of, "prompts": config.study.best_of_prompts}
     path = folder / "best_of.json"
@@ -105,11 +105,13 @@ def _best_of(config: Config, folder: Path, drawn: Drawn) -> None:
     known = read_json(path)
     if {name: known.get(name) for name in (*sizes, "reward")} == sizes | {"reward": reward}:
         return
-    evaluator = PolicyEvaluator(open_run(folder))
+    evaluator = PolicyEvaluator(ws := open_run(folder))
+    reference = read_json(ws.stage(ws.base) / "done.json")["hash"]
     prompts = evaluator.prompts["development"][: config.study.best_of_prompts]
     console.print(f"best of {config.study.best_of} completions of {len(prompts)} prompts")
     repeated = [p for p in prompts for _ in range(config.study.best_of)]
-    what = config.seed, config.prompts.max_tokens, config.prompts.max_new_tokens, *repeated
+    limits = config.prompts.max_tokens, config.prompts.max_new_tokens
+    what = reference, config.seed, config.study.best_of, *limits, *prompts
     if what not in drawn:
         drawn[what] = evaluator.complete(evaluator.reference, repeated, seed=43)
     scored = evaluator.scored(repeated, drawn[what])
@@ -118,22 +120,9 @@ def _best_of(config: Config, folder: Path, drawn: Drawn) -> None:
     write_json(path, sizes | {"reward": reward} | shaped)
 
 
-def evaluations(stage: Path) -> list[dict[str, Any]]:
-    """What an RL stage's folder has of evaluations, up to the policy that it kept.
-
-    The curve goes on beyond that where `rlhf.kl_budget` made training go back.
-    """
-    rows = [r for r in metrics.read(stage / "metrics.jsonl") if r["kind"] == "eval"]
-    newest = checkpoint.latest(stage / "checkpoints")
-    if newest is None:  # somebody made room
-        return rows
-    last = checkpoint.metadata(newest)["step"]
-    return [r for r in rows if r["step"] <= last]
-
-
 def curve_of(run_folder: Path) -> Curve:
     """The evaluations of an RL run."""
-    rows = evaluations(run_folder / "rlhf")
+    rows = metrics.evaluations(run_folder / "rlhf")
     parse = np.array([r["parse_share"] for r in rows]) if "parse_share" in rows[0] else None
     kl, proxy, gold = (np.array([r[name] for r in rows]) for name in ("kl", "proxy", "gold"))
     return Curve(np.array([r["step"] for r in rows]), kl, proxy, gold, parse)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minilm import metrics
 from minilm.losses.language import token_logprobs
 from minilm.model import Transformer, hidden_states, logits
 from minilm.stages.evaluate import document_losses
@@ -23,7 +24,6 @@ from minilm.stages.statistics import cluster_interval, spearman
 from minilm.stages.workspace import Workspace
 from minilm.studies import plots
 from minilm.studies.curves import best_of_doublings
-from minilm.studies.overoptimize import evaluations
 from minilm.text.batches import alone
 from minilm.text.preferences import EVEN, Pair, bayes_rates, label_probabilities
 from minilm.text.store import Document
@@ -65,7 +65,7 @@ def card(ws: Workspace, evaluator: PolicyEvaluator | None) -> dict[str, Any]:
     out["probes"] = _probes(scored, evaluator)
     out["search"] = search(scored, len(drawn))
     if (ws.stage("rlhf") / "metrics.jsonl").exists():
-        out["rlhf"] = what_happened(evaluations(ws.stage("rlhf")))
+        out["rlhf"] = what_happened(metrics.evaluations(ws.stage("rlhf")))
     return out
 
 

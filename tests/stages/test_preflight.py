@@ -25,6 +25,23 @@ def test_the_default_config_passes():
         ({"rlhf": {"algorithm": "ppoo"}}, "did you mean 'ppo'"),
         ({"rlhf": {"group_size": 1}}, "compares a completion with others"),
         ({"rlhf": {"value_warmup_steps": 3}}, "rloo has no critic"),
+        (
+            {"rlhf": {"algorithm": "reinforce", "prompts_per_step": 1, "group_size": 1}},
+            "compares a completion with others of its step",
+        ),
+        ({"rlhf": {"algorithm": "reinforce", "whiten_rewards": True}}, "reward as a whole"),
+        (
+            {
+                "preferences": {"rater_judge": "fables"},
+                "corpus": {"kind": "pydoc"},
+                "judge": {"name": "length", "options": {"target": 9}},
+            },
+            "preferences.rater_judge",
+        ),
+        (
+            {"objective": {"ordinal": {"weight": 1.0, "options": {"low": 1, "high": 5}}}},
+            "are not from low to high",
+        ),
         ({"rlhf": {"whiten_rewards": True}}, "rloo reads a completion's reward as a whole"),
         ({"rlhf": {"algorithm": "dapo", "kl_target": 2.0}}, "dapo has no price of KL"),
         ({"rlhf": {"judge_weight": 1.0}, "judge": {"name": "none"}}, "no judge to pay by"),

@@ -124,6 +124,14 @@ def test_a_reward_that_is_not_a_number_moves_nothing_and_is_counted():
     assert np.isnan(float(metrics["objective/scores"].value))
 
 
+def test_a_group_of_one_has_no_spread_to_log():
+    """A spread of 0 at every step would be read as groups that teach nothing."""
+    start, step, _ = make("reinforce", CONFIG.model_copy(update={"group_size": 1}))
+    _, metrics = step(start(), 0)
+    assert not {"reward_std", "frac_reward_zero_std"} & set(metrics)
+    assert np.isfinite(float(metrics["loss"].value))
+
+
 def test_the_price_of_a_nat_moves_towards_its_target_and_is_kept_in_the_state():
     """KL starts at 0, below the target: the price falls by 0.2 · 16 / 100 a step."""
     config = CONFIG.model_copy(update={"kl_target": 5.0, "kl_horizon": 100.0})

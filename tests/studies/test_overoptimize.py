@@ -1,16 +1,16 @@
 """`minilm overoptimize`: what it makes, resumes and says."""
 
 import json
-import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 
 from minilm import checkpoint, cli
+from minilm.report.files import RunFolder
 from minilm.stages.policy import PolicyEvaluator
 from minilm.studies.curves import Curve
-from minilm.studies.overoptimize import curve_of, evaluations, render, sentence, summary
+from minilm.studies.overoptimize import curve_of, render, sentence, summary
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_what_comes_after_the_policy_that_was_kept_is_left_out(tiny_copy):
     step = checkpoint.metadata(early)["step"]
     checkpoint.set_best(early, 0.0)
     checkpoint.keep_best(tiny_copy / "rlhf/checkpoints", 6)
-    assert curve_of(tiny_copy).steps.tolist() == [s for s in (0, 3, 6) if s <= step]
-    shutil.rmtree(tiny_copy / "rlhf/checkpoints")
-    assert [row["step"] for row in evaluations(tiny_copy / "rlhf")] == [0, 3, 6]
+    kept = [s for s in (0, 3, 6) if s <= step]
+    assert curve_of(tiny_copy).steps.tolist() == kept
+    assert [row["step"] for row in RunFolder(tiny_copy).evaluations("rlhf")] == kept
 
 
 def test_the_same_command_again_trains_nothing(study, capsys):
