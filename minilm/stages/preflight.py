@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minilm.algorithms import algorithm_of, objective
+from minilm.algorithms import Algorithm, algorithm_of, objective
 from minilm.choices import choose
 from minilm.config import Config
 from minilm.errors import UserError
@@ -23,29 +23,7 @@ def check(config: Config, todo: list[str]) -> None:
     """
     aims = {"pretrain": LANGUAGE, "sft": LANGUAGE, "reward": PREFERENCE}
     if "rlhf" in todo:
-        algorithm = algorithm_of(config.rlhf)
-        if config.rlhf.group_size < 2 and algorithm.baseline == "group":
-            problem = f"{config.rlhf.algorithm} compares a completion with others of its prompt"
-            raise UserError(problem, where="rlhf.group_size", value=1, allowed="at least 2")
-        if config.rlhf.value_warmup_steps and not algorithm.critic:
-            problem, where = f"{config.rlhf.algorithm} has no critic", "rlhf.value_warmup_steps"
-            raise UserError(problem, where=where, value=config.rlhf.value_warmup_steps, allowed="0")
-        size = config.rlhf.prompts_per_step * config.rlhf.group_size
-        if size < 2 and algorithm.baseline == "batch":
-            problem = f"{config.rlhf.algorithm} compares a completion with others of its step"
-            raise UserError(problem, where="rlhf.prompts_per_step", value=1, allowed="at least 2")
-        if config.rlhf.whiten_rewards and algorithm.baseline in ("group", "batch"):
-            problem = f"{config.rlhf.algorithm} reads a completion's reward as a whole"
-            allowed = "false; tokens' rewards are whitened for ppo and reinforce++"
-            raise UserError(problem, where="rlhf.whiten_rewards", value=True, allowed=allowed)
-        if config.rlhf.kl_target is not None and algorithm.kl is None:
-            problem = f"{config.rlhf.algorithm} has no price of KL that could be adapted"
-            hint = "leave it out, or give rlhf.kl_in too"
-            raise UserError(problem, where="rlhf.kl_target", value=config.rlhf.kl_target, hint=hint)
-        if config.rlhf.judge_weight and config.judge.name == "none":
-            problem, where = "there is no judge to pay by", "rlhf.judge_weight"
-            raise UserError(problem, where=where, value=config.rlhf.judge_weight)
-        aims["rlhf"] = objective(algorithm, config.rlhf)
+        aims["rlhf"] = objective(_checked_algorithm(config), config.rlhf)
     for name in config.objective:
         choose(dict.fromkeys(known_names(aims)), name, f"objective.{name}")
     for stage in aims.keys() & set(todo):
@@ -85,3 +63,30 @@ def check(config: Config, todo: list[str]) -> None:
     simulated = "preferences" in todo and not config.preferences.file
     if simulated and (raters := rater_judge(config)):
         raters(["Once upon a time"], [" a fox slept."])
+
+
+def _checked_algorithm(config: Config) -> Algorithm:
+    """The algorithm, whose row and dials go together."""
+    algorithm = algorithm_of(config.rlhf)
+    if config.rlhf.group_size < 2 and algorithm.baseline == "group":
+        problem = f"{config.rlhf.algorithm} compares a completion with others of its prompt"
+        raise UserError(problem, where="rlhf.group_size", value=1, allowed="at least 2")
+    if config.rlhf.value_warmup_steps and not algorithm.critic:
+        problem, where = f"{config.rlhf.algorithm} has no critic", "rlhf.value_warmup_steps"
+        raise UserError(problem, where=where, value=config.rlhf.value_warmup_steps, allowed="0")
+    size = config.rlhf.prompts_per_step * config.rlhf.group_size
+    if size < 2 and algorithm.baseline == "batch":
+        problem = f"{config.rlhf.algorithm} compares a completion with others of its step"
+        raise UserError(problem, where="rlhf.prompts_per_step", value=1, allowed="at least 2")
+    if config.rlhf.whiten_rewards and algorithm.baseline in ("group", "batch"):
+        problem = f"{config.rlhf.algorithm} reads a completion's reward as a whole"
+        allowed = "false; tokens' rewards are whitened for ppo and reinforce++"
+        raise UserError(problem, where="rlhf.whiten_rewards", value=True, allowed=allowed)
+    if config.rlhf.kl_target is not None and algorithm.kl is None:
+        problem = f"{config.rlhf.algorithm} has no price of KL that could be adapted"
+        hint = "leave it out, or give rlhf.kl_in too"
+        raise UserError(problem, where="rlhf.kl_target", value=config.rlhf.kl_target, hint=hint)
+    if config.rlhf.judge_weight and config.judge.name == "none":
+        problem, where = "there is no judge to pay by", "rlhf.judge_weight"
+        raise UserError(problem, where=where, value=config.rlhf.judge_weight)
+    return algorithm

@@ -268,12 +268,16 @@ def score_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     completions: Sequence[str],
-    max_tokens: int,
+    max_tokens: int | None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Raw rewards [N], in batches of one shape; longer texts are cut before their end-of-text."""
+    """Raw rewards [N], in batches of one shape; longer texts are cut before their end-of-text.
+
+    Without a limit all are read to their end: rotary positions have no last one.
+    """
     rows = [encode(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
-    rows = [r if len(r) <= max_tokens else [*r[: max_tokens - 1], r[-1]] for r in rows]
+    if max_tokens is not None:
+        rows = [r if len(r) <= max_tokens else [*r[: max_tokens - 1], r[-1]] for r in rows]
     arrays = _right_pad(rows, len(rows), _rounded(max(map(len, rows))))
     return batched(functools.partial(_scores, model), arrays, batch_size)
 
@@ -298,7 +302,7 @@ def paid_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     completions: Sequence[str],
-    max_tokens: int,
+    max_tokens: int | None = None,
 ) -> np.ndarray:
     """Rewards [N] as RLHF pays them: normalised, an ensemble's members combined."""
     told = tokenizer, prompts, completions, max_tokens

@@ -17,7 +17,7 @@ from minilm.model import Transformer
 from minilm.run import run
 from minilm.stages.evaluate import texts_of
 from minilm.stages.policy import PolicyEvaluator
-from minilm.stages.reward import encode, paid_texts
+from minilm.stages.reward import paid_texts
 from minilm.stages.workspace import Workspace, open_run
 from minilm.studies import plots
 from minilm.studies.comparison import two_way_interval
@@ -202,8 +202,7 @@ def _sampled(evaluator: PolicyEvaluator, prompts: list[str], n: int) -> Sampled:
         return Sampled(reference, None, spread)
     size = config.corpus.size
     told = [complete(p, (config.seed, 46, i), size=size) for i, p in enumerate(prompts)]
-    longest = max(len(encode(tokenizer, *row)) for row in zip(prompts, told, strict=True))
-    proxy = paid_texts(evaluator.reward_model, tokenizer, prompts, told, longest)
+    proxy = paid_texts(evaluator.reward_model, tokenizer, prompts, told)
     judged = _by_prompt(evaluator.judge(prompts, told))
     return Sampled(reference, best_of_n(_by_prompt(proxy), judged, n), spread)
 

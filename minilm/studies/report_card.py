@@ -13,7 +13,6 @@ from minilm.model import Transformer, hidden_states, logits
 from minilm.stages.evaluate import document_losses
 from minilm.stages.policy import PolicyEvaluator, Scored
 from minilm.stages.reward import (
-    encode,
     evaluate,
     held_out_pairs,
     load_reward_model,
@@ -237,11 +236,7 @@ def _probes(scored: Scored, evaluator: PolicyEvaluator) -> list[dict[str, Any]]:
         raise ValueError("probes compare the reward with gold: there must be a judge")
 
     def paid(told: list[str]) -> np.ndarray:
-        # What makes a text longer than any pair is to be read to its end, as RLHF would read it;
-        # rotary positions have no last one.
-        rows = zip(prompts, told, strict=True)
-        longest = max(len(encode(ws.tokenizer, prompt, text)) for prompt, text in rows)
-        return paid_texts(evaluator.reward_model, ws.tokenizer, prompts, told, longest)
+        return paid_texts(evaluator.reward_model, ws.tokenizer, prompts, told)
 
     before, gold = paid(texts), judge(prompts, texts)
     found = []

@@ -109,6 +109,14 @@ def test_a_text_is_read_at_its_end_of_text_even_where_it_was_cut():
     np.testing.assert_allclose(long, fits, atol=1e-6)
 
 
+def test_without_a_limit_a_text_is_read_to_its_end():
+    prompts, texts = ["ab"] * 2, ["c de fgh", "abcdefgh" * 9]
+    whole = score(prompts, texts, max_tokens=None)
+    np.testing.assert_array_equal(whole, score(prompts, texts, max_tokens=200))
+    cut = score(prompts, texts, max_tokens=48)
+    assert cut[1] != pytest.approx(whole[1], abs=1e-4)
+
+
 @pytest.fixture
 def ws(tmp_path) -> Workspace:
     ws = Workspace(Config(), tmp_path, None, "float32")
