@@ -91,15 +91,23 @@ def sha256(path: Path) -> str:
 
 
 def stage_folder(run: Path, name: str) -> Path:
-    """A stage, or a file, of a run: in its folder, or in that of the run it started from (--init).
+    """A stage, or a file, of a run: in its folder, or in that of the run it started from."""
+    init = init_of(run)
+    return run / name if init is None or (run / name).exists() else stage_folder(init, name)
 
-    A run that was moved together with the one it starts from finds it beside itself.
+
+def init_of(run: Path) -> Path | None:
+    """The folder of the run that a run started from (--init), from wherever it is asked.
+
+    Where it lies as seen from the run comes first, so that runs may move together; then what was
+    typed, for a run that has moved alone; then a folder of that name beside the run.
     """
-    init = read_json(run / "environment.json").get("init")
-    if (run / name).exists() or not init:
-        return run / name
-    places = (Path(init), run.parent / Path(init).name)
-    return stage_folder(next((p for p in places if p.is_dir()), places[0]), name)
+    environment = read_json(run / "environment.json")
+    if not (typed := environment.get("init")):
+        return None
+    places = (run / environment.get("init_from_here", typed), Path(typed))
+    places = (*places, run.parent / Path(typed).name)
+    return next((p for p in places if p.is_dir()), places[0])
 
 
 def _text(path: Path) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -197,8 +198,7 @@ def rlhf_and_evaluation(ws) -> dict:
     from minilm.stages.rlhf import rlhf
 
     evaluator = PolicyEvaluator(ws)
-    judged = evaluator.judged if ws.config.rlhf.judge_weight else None
-    trained = rlhf(ws, lambda model: evaluator(model, "development"), judged)
+    trained = rlhf(ws, lambda model: evaluator(model, "development"), evaluator.judge_paid)
     figures = evaluator(ws.load("rlhf", scalar_head=False), "evaluation", "samples.jsonl")
     write_json(ws.stage("rlhf") / "evaluation.json", figures)
     for name in ("gold", "proxy", "parse_share", "length"):
@@ -348,6 +348,7 @@ def _environment(config: Config, place: Place) -> dict:
         **choice._asdict(),
         **backend.facts(),
         "init": str(place.init) if place.init else None,
+        "init_from_here": os.path.relpath(place.init, place.out) if place.init else None,
         "borrowed": place.borrowed,
         "matmul_gflops": backend.matmul_rate(choice.compute_dtype),
     }

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +79,31 @@ def test_an_object_is_read_a_missing_file_is_empty_and_anything_else_named(tmp_p
         with pytest.raises(UserError, match="JSON") as caught:
             read_json(path)
         assert caught.value.where == path
+
+
+def found(run: Path) -> Path:
+    place = files.init_of(run)
+    assert place is not None
+    return place.resolve()
+
+
+def test_a_run_finds_the_one_it_started_from(tmp_path, monkeypatch):
+    """From any folder, moved together, moved alone, and as older runs have stored it."""
+    base, run = tmp_path / "runs" / "base", tmp_path / "runs" / "study" / "seed_0"
+    (base / "pretrain").mkdir(parents=True)
+    run.mkdir(parents=True)
+    typed = {"init": "runs/base", "init_from_here": "../../base"}
+    write_json(run / "environment.json", typed)
+    monkeypatch.chdir(tmp_path / "runs" / "study")
+    assert files.stage_folder(run, "pretrain").samefile(base / "pretrain")
+    (tmp_path / "runs").rename(tmp_path / "kept")
+    run, base = tmp_path / "kept" / "study" / "seed_0", tmp_path / "kept" / "base"
+    assert found(run) == base
+    alone = tmp_path / "alone"
+    run.rename(alone)
+    base.rename(tmp_path / "base")
+    assert found(alone) == tmp_path / "base"
+    write_json(alone / "environment.json", {"init": str(tmp_path / "base")})
+    assert found(alone) == tmp_path / "base"
+    write_json(alone / "environment.json", {"init": None, "init_from_here": None})
+    assert files.init_of(alone) is None

@@ -185,9 +185,11 @@ def the_logged_kl_is_the_kl_in_the_loss(setting: Setting) -> tuple[bool, str]:
         outputs = Outputs(rollout.logprobs, jnp.zeros_like(rollout.logprobs), rollout.values)
         found = np.asarray(term.values(outputs, batch), np.float64)[mask]
         own = (gap**2 / 2 if kl.estimator == "k2" else np.expm1(-gap) + gap)[mask]
-        same, of_loss = close(found, own, 1e-3)
+        scale = np.broadcast_to(np.asarray(batch.kl_scale)[:, None], mask.shape)[mask]
+        same, of_loss = close(found, scale * own, 1e-3)
     elif config.algorithm == "rloo" and kl == ("reward", "k1"):  # the advantages tell
-        total = np.asarray(collected.scores, np.float64) - config.kl_coef * gap.sum(1)
+        paid = config.kl_coef * np.asarray(batch.kl_scale, np.float64)
+        total = np.asarray(collected.scores, np.float64) - paid * gap.sum(1)
         group = total.reshape(-1, config.group_size)
         others = (group.sum(1, keepdims=True) - group) / (config.group_size - 1)
         expected = np.where(mask, (group - others).reshape(-1, 1), 0.0)

@@ -15,6 +15,7 @@ from minilm.model import Transformer
 from minilm.objective import Objective
 from minilm.rewards import RewardModel
 from minilm.stages import pretrain, reward, rlhf
+from minilm.stages.policy import PolicyEvaluator
 from minilm.stages.preferences import load_pairs
 from minilm.stages.workspace import Workspace
 from minilm.step import make_gradients
@@ -104,19 +105,18 @@ class Policy(NamedTuple):
 
 
 def of_rlhf(ws: Workspace) -> Setting:
-    """The first rollout, sampled anew from the policy that RLHF began with."""
+    """The first rollout, sampled anew from the policy that RLHF began with, and paid as it was."""
     config, sizes = ws.config.rlhf, ws.config.prompts
-    algorithm = algorithm_of(config)
-    reference, reward_model = ws.load(ws.base, scalar_head=False), reward.load_reward_model(ws)
+    algorithm, evaluator = algorithm_of(config), PolicyEvaluator(ws)
+    reference, reward_model = evaluator.reference, evaluator.reward_model
     start = ws.load(ws.base, scalar_head=algorithm.critic)
-    collect = rlhf.collector(ws, reference, reward_model)
+    collect = rlhf.collector(ws, reference, reward_model, evaluator.judge_paid)
     aim = configured(objective(algorithm, config), "rlhf", ws.config, rlhf.updates(config))
     collected = collect(config)(start, 0)
     forward = rlhf.make_forward(config, sizes.max_new_tokens)
     last = ws.load("rlhf")
-    parts = Policy(
-        reference, reward_model, collect, start, collected, last, collect(config)(last, 1)
-    )
+    moved = collect(config)(last, 1, rlhf.last_kl_scale(ws))
+    parts = Policy(reference, reward_model, collect, start, collected, last, moved)
     ptx = rlhf.pretraining_rows(ws, len(collected.batch.mask))  # as many, to be cut alike
     batch = collected.batch._replace(ptx=ptx and jax.tree.map(jnp.asarray, ptx(0)))
     return Setting("rlhf", ws, start, aim, forward, batch, parts)

@@ -18,6 +18,7 @@ from minilm.rewards import RewardModel, learned_reward
 from minilm.rollout import Rollout
 from minilm.stages.evaluate import batched, parse_report, sample, texts_of
 from minilm.stages.reward import load_reward_model
+from minilm.stages.rlhf import Judged
 from minilm.stages.workspace import Workspace
 from minilm.text.prompts import prompt_sets
 
@@ -91,6 +92,11 @@ class PolicyEvaluator:
         proxy = proxy_scores(self.reward_model, rows, samples, missing, pad)
         gold = None if self.judge is None else self.judge(list(prompts), texts)
         return Scored(list(prompts), rows, samples, texts, proxy, gold)
+
+    @property
+    def judge_paid(self) -> Judged | None:
+        """Gold as a part of the reward, where `rlhf.judge_weight` asks for it."""
+        return self.judged if self.ws.config.rlhf.judge_weight else None
 
     def judged(self, rows: np.ndarray, samples: Samples) -> np.ndarray:
         """Gold of completions in standard deviations of the reference's, as a part of a reward.

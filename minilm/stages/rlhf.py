@@ -106,6 +106,13 @@ def start_state(policy: Transformer, optimizer) -> TrainState:
     return dataclasses.replace(state, extra=state.extra | {"kl_scale": jnp.float32(1)})
 
 
+def last_kl_scale(ws: Workspace) -> Float[np.ndarray, ""]:
+    """Where `rlhf.kl_target` had moved the price of a nat at the end, as a multiple of kl_coef."""
+    return checkpoint.load_arrays(checkpoint.find(ws.stage("rlhf")), "extra.kl_scale")[
+        "extra.kl_scale"
+    ]
+
+
 def pretraining_rows(ws: Workspace, count: int) -> Callable[[int], Batch] | None:
     """(n) -> `count` rows of the text that was trained on, for update n; None if none is mixed in.
 

@@ -12,7 +12,7 @@ from flax import nnx
 from minilm import checkpoint, configfile
 from minilm.config import Config, ModelConfig
 from minilm.errors import UserError
-from minilm.files import read_json, read_jsonl, stage_folder
+from minilm.files import init_of, read_json, read_jsonl, stage_folder
 from minilm.model import Transformer
 from minilm.step import AVERAGE
 from minilm.text.store import Document
@@ -104,11 +104,10 @@ def open_run(run: Path) -> Workspace:
         raise UserError("not a run folder: there is no config.toml", where=run, hint=hint)
     config = configfile.load(run / "config.toml")
     environment = read_json(run / "environment.json")
-    init = Path(environment["init"]) if environment.get("init") else None
-    if init is not None and not init.is_dir():
-        init = run.parent / init.name  # moved together
     borrowed = tuple(environment.get("borrowed", ("pretrain",)))
-    return Workspace(config, run, init, environment.get("compute_dtype", "float32"), borrowed)
+    return Workspace(
+        config, run, init_of(run), environment.get("compute_dtype", "float32"), borrowed
+    )
 
 
 def load_model(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from minilm.config import Config
 from minilm.studies import plots
-from minilm.studies.curves import Curve, Interval, column
+from minilm.studies.curves import Curve, Interval, best_of_n, column
 
 RESAMPLES = 2000
 
@@ -64,6 +64,22 @@ def between(ours: Float[np.ndarray, "S P"], theirs: Float[np.ndarray, "Z Q"]) ->
         draws.append(table[np.ix_(a, b, p)].mean())
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(table.mean()), float(low), float(high))
+
+
+def best_of_n_wins(
+    proxy: Float[np.ndarray, "P N"],
+    gold: Float[np.ndarray, "P N"],
+    theirs: Float[np.ndarray, "P R"],
+    n: int,
+) -> Float[np.ndarray, " P"]:
+    """How often the best of n by proxy has higher gold than R others of its prompt; a tie is 1/2.
+
+    >>> proxy, gold, theirs = np.array([[0.0, 1.0]]), np.array([[5.0, 7.0]]), np.array([[6.0]])
+    >>> best_of_n_wins(proxy, gold, theirs, 2).tolist()
+    [1.0]
+    """
+    pairs = np.broadcast_arrays(gold[:, :, None], theirs[:, None, :])
+    return best_of_n(proxy, wins(*pairs).mean(axis=2), n)
 
 
 def arms(configs: Mapping[Path, Config]) -> dict[str, list[Path]]:

@@ -12,15 +12,16 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from minilm import backend, checkpoint
+from minilm import backend
 from minilm.algorithms import algorithm_of
 from minilm.errors import UserError
 from minilm.files import read_json, stage_folder, write_atomically, write_json
 from minilm.report.page import environment
 from minilm.stages.policy import PolicyEvaluator, Scored
-from minilm.stages.rlhf import Collected, collector
+from minilm.stages.rlhf import Collected, collector, last_kl_scale
 from minilm.stages.workspace import Workspace, open_run
 from minilm.studies import comparison, report_card
+from minilm.studies.curves import best_of_n, best_of_n_kl, most_n
 from minilm.studies.overoptimize import curve_of
 from minilm.text.tokenizer import Tokenizer
 
@@ -55,12 +56,14 @@ def evaluate_command(runs: Sequence[Path], out: Path | None, *, as_json: bool) -
 
 def evaluate(spaces: dict[Path, Workspace], folder: Path, console: Console) -> dict[str, Any]:
     """The work of `minilm evaluate`; returns what card.json and comparison.json hold."""
-    cards, policies = {}, {}
+    cards, policies, pools = {}, {}, {}
     for number, (run, ws) in enumerate(spaces.items()):
         evaluator, reward = PolicyEvaluator(ws), _digest(ws)
         if reward not in cards:  # runs that share a reward model share its card
             console.print(f"{run}: report card of the reward model", markup=False)
-            cards[reward] = {"run": str(run)} | report_card.card(ws, evaluator)
+            pools[reward] = report_card.searched(evaluator)
+            found = report_card.card(ws, evaluator, pools[reward])
+            cards[reward] = {"run": str(run)} | found
             name = "card" if number == 0 else f"card_{number + 1}"
             write_json(folder / f"{name}.json", cards[reward])
             picture = report_card.draw(cards[reward], f"reward model of {run.name}")
@@ -73,7 +76,8 @@ def evaluate(spaces: dict[Path, Workspace], folder: Path, console: Console) -> d
                 write_atomically(folder / "completions.html", page.encode())
     out: dict[str, Any] = {"cards": list(cards.values())}
     if policies:
-        out["comparison"] = compare(spaces, policies)
+        known = {run: pools[_digest(spaces[run])] for run in policies}
+        out["comparison"] = compare(spaces, policies, known)
         write_json(folder / "comparison.json", out["comparison"])
         arms = comparison.arms({run: spaces[run].config for run in policies})
         if all(scored.gold is not None for scored, _, _ in policies.values()):
@@ -100,9 +104,15 @@ def _policy(ws: Workspace, evaluator: PolicyEvaluator) -> tuple[Scored, Scored, 
 
 
 def compare(
-    spaces: dict[Path, Workspace], policies: dict[Path, tuple[Scored, Scored, dict]]
+    spaces: dict[Path, Workspace],
+    policies: dict[Path, tuple[Scored, Scored, dict]],
+    pools: dict[Path, Scored | None],
 ) -> dict[str, Any]:
-    """Arms (runs alike but for seeds) with their win rates; pairs of arms on the same prompts."""
+    """Arms (runs alike but for seeds) with their win rates; pairs of arms on the same prompts.
+
+    Args:
+      pools: for each run, what its reward model would choose the best of n from.
+    """
     arms = comparison.arms({run: spaces[run].config for run in policies})
     rows, golds = {}, {}
     for arm, runs in arms.items():
@@ -125,6 +135,8 @@ def compare(
             rate = comparison.against_reference(gold, reference)
             row |= {"gold": float(gold.mean()), "gold_win_rate": rate._asdict()}
             golds[arm] = gold
+            if (pool := pools[runs[0]]) is not None:
+                row["best_of_n"] = _best_of_n(row["kl"], gold, reference[0], pool)
         if all("parse_share" in f for f in figures):
             row["parse_share"] = float(np.mean([f["parse_share"] for f in figures]))
             row["parse_share_before"] = float(
@@ -140,6 +152,26 @@ def compare(
         if prompts[a] == prompts[b]
     ]
     return {"arms": rows, "between": pairs}
+
+
+def _best_of_n(kl: float, gold: np.ndarray, reference: np.ndarray, pool: Scored) -> dict[str, Any]:
+    """What the same reward model gives without training, at no more KL than an arm of [S, P] gold.
+
+    Its prompts are the first of the arm's.
+    """
+    told = np.asarray(pool.gold, np.float64).reshape(-1, report_card.SAMPLES)
+    proxy, prompts = pool.proxy.astype(np.float64).reshape(told.shape), len(told)
+    n = most_n(kl, report_card.SAMPLES)
+    rate = comparison.best_of_n_wins(proxy, told, reference[:prompts], n)
+    lost = [comparison.best_of_n_wins(proxy, told, one[:prompts, None], n) for one in gold]
+    return {
+        "n": n,
+        "kl": best_of_n_kl(n),
+        "prompts": prompts,
+        "gold": float(best_of_n(proxy, told, n).mean()),
+        "gold_win_rate": comparison.two_way_interval(rate[None])._asdict(),
+        "beaten": comparison.two_way_interval(1 - np.stack(lost))._asdict(),
+    }
 
 
 def completions(ws: Workspace, evaluator: PolicyEvaluator) -> str:
@@ -164,11 +196,10 @@ def collected_as_paid(ws: Workspace, evaluator: PolicyEvaluator) -> tuple[Collec
     Gold is paid where the run pays it; the price of a nat is where `rlhf.kl_target` had moved it.
     """
     config = ws.config.rlhf
-    judged = evaluator.judged if config.judge_weight else None
-    collect = collector(ws, evaluator.reference, evaluator.reward_model, judged)(config)
+    payers = evaluator.reference, evaluator.reward_model, evaluator.judge_paid
+    collect = collector(ws, *payers)(config)
     start = ws.load(ws.base, scalar_head=algorithm_of(config).critic)
-    stored = checkpoint.load_arrays(checkpoint.find(ws.stage("rlhf")), "extra.kl_scale")
-    return collect(start, 0), collect(ws.load("rlhf"), 0, stored["extra.kl_scale"])
+    return collect(start, 0), collect(ws.load("rlhf"), 0, last_kl_scale(ws))
 
 
 def _rows(
@@ -276,14 +307,17 @@ def _render_comparison(found: dict[str, Any]) -> list[Any]:
     shown: list[Any] = [table]
     for arm, row in found["arms"].items():
         rate = row.get("gold_win_rate")
-        told = (
-            "–" if rate is None else f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
-        )
+        told = "–" if rate is None else _told(rate)
         gold = "–" if "gold" not in row else f"{row['gold']:.2f}"
         parse = "–"
         if "parse_share" in row:
             parse = f"{row['parse_share_before']:.2f} → {row['parse_share']:.2f}"
         table.add_row(arm, str(len(row["runs"])), f"{row['kl']:.2f}", gold, told, parse)
+        if plain := row.get("best_of_n"):
+            text = f"{arm}: beats the best of {plain['n']} by the same reward model "
+            text += f"({plain['kl']:.2f} nats, gold {plain['gold']:.2f}, win rate "
+            text += f"{_told(plain['gold_win_rate'])}) in {_told(plain['beaten'])}"
+            shown.append(text)
         before, after = row["calibration"]["before"], row["calibration"]["after"]
         text = f"{arm}: calibration error on the corpus {before['ece']:.4f} → {after['ece']:.4f}"
         if after["kl_from_truth"] is not None:

@@ -31,11 +31,24 @@ PROMPTS, SAMPLES = 48, 64  # of the search by best-of-n: 3,072 completions
 TRAPS = 5  # examples shown
 
 
-def card(ws: Workspace, evaluator: PolicyEvaluator | None) -> dict[str, Any]:
+def searched(evaluator: PolicyEvaluator) -> Scored | None:
+    """What best-of-n chooses from: the reference's completions of the first evaluation prompts.
+
+    `SAMPLES` each, one prompt's beside each other; None where there is no judge to know gold by.
+    """
+    if evaluator.judge is None:
+        return None
+    prompts = evaluator.prompts["evaluation"][:PROMPTS]
+    repeated = [p for p in prompts for _ in range(SAMPLES)]
+    return evaluator.score(evaluator.reference, repeated, seed=44)
+
+
+def card(ws: Workspace, evaluator: PolicyEvaluator, pool: Scored | None) -> dict[str, Any]:
     """Everything that is known of a run's reward model, JSON-able.
 
     Args:
-      evaluator: of the same run; None where there is no judge, and so no gold.
+      evaluator: of the same run.
+      pool: what `searched` gives.
     Returns:
       `labels`: accuracy, log-loss, Brier score and ECE on held-out pairs beside what the best
       possible model has; `by_margin`, `by_length`: accuracy by gold and by length difference;
@@ -55,14 +68,11 @@ def card(ws: Workspace, evaluator: PolicyEvaluator | None) -> dict[str, Any]:
     }
     if all(x.gold_chosen is not None and x.gold_rejected is not None for x in held_out):
         out["by_margin"] = _by_margin(held_out, gap, ws)
-    if evaluator is None or evaluator.judge is None:
+    if pool is None:
         return out
-    drawn = evaluator.prompts["development"][:PROMPTS]
-    repeated = [p for p in drawn for _ in range(SAMPLES)]
-    scored = evaluator.score(evaluator.reference, repeated, seed=44)
-    out["correlations"] = correlations(scored)
-    out["probes"] = _probes(scored, evaluator)
-    out["search"] = search(scored, len(drawn))
+    out["correlations"] = correlations(pool)
+    out["probes"] = _probes(pool, evaluator)
+    out["search"] = search(pool, len(pool.texts) // SAMPLES)
     if (ws.stage("rlhf") / "metrics.jsonl").exists():
         out["rlhf"] = what_happened(metrics.evaluations(ws.stage("rlhf")))
     return out

@@ -76,6 +76,18 @@ def test_a_logged_kl_of_another_sign_is_found(setting):
     assert not policy.the_logged_kl_is_the_kl_in_the_loss(setting._replace(parts=parts))[0]
 
 
+def test_a_price_that_has_moved_is_told_from_the_one_configured(setting):
+    """`rlhf.kl_target` moves the price of a nat: the formula follows what the batch says of it."""
+    parts, config = setting.parts, setting.ws.config.rlhf
+    policy_moved = jax.tree.map(lambda x: 1.05 * x, parts.last)
+    moved = parts.collect(config)(policy_moved, 1, 40.0)
+    found = setting._replace(parts=parts._replace(moved=moved))
+    assert policy.the_logged_kl_is_the_kl_in_the_loss(found)[0]
+    batch = moved.batch._replace(kl_scale=jnp.ones_like(moved.batch.kl_scale))
+    wrong = setting._replace(parts=parts._replace(moved=moved._replace(batch=batch)))
+    assert not policy.the_logged_kl_is_the_kl_in_the_loss(wrong)[0]
+
+
 def test_one_completion_for_every_prompt_is_found(setting, tiny_copy):
     ws = open_run(tiny_copy)
     write_jsonl(ws.stage("rlhf") / "samples.jsonl", [{"after": "the same"}] * 16)

@@ -1,13 +1,16 @@
 """A stage as the audit sets it up is the stage as it ran."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from minilm import checkpoint, metrics
-from minilm.audit.setting import SETTINGS, rows_of
+from minilm.audit.setting import SETTINGS, of_rlhf, rows_of
 from minilm.errors import UserError
 from minilm.files import read_jsonl
+from minilm.stages.policy import PolicyEvaluator
 from minilm.stages.workspace import open_run
 
 
@@ -26,6 +29,21 @@ def test_the_first_rollout_is_the_one_that_was_trained_on(settings, tiny_run):
     found, logged = settings["rlhf"].parts.collected.metrics, first(tiny_run, "rlhf")
     for name in ("objective/scores", "objective/entropy", "completions/mean_length"):
         assert float(found[name].value) == pytest.approx(logged[name], rel=1e-5)
+
+
+def test_a_rollout_paid_by_gold_is_audited_as_it_was_paid(settings, tiny_run):
+    """What the judge gives is part of the score, as the reward model's is."""
+    ws = open_run(tiny_run)
+    how = ws.config.rlhf.model_copy(update={"judge_weight": 2.0, "learned_weight": 0.5})
+    paid = dataclasses.replace(ws, config=ws.config.model_copy(update={"rlhf": how}))
+    collected = of_rlhf(paid).parts.collected
+    evaluator = PolicyEvaluator(paid)
+    width = collected.samples.tokens.shape[1]
+    rows = np.asarray(collected.rollout.tokens)[:, :-width]
+    gold = evaluator.judged(rows, collected.samples)
+    assert gold.std() > 0
+    learned = np.asarray(settings["rlhf"].parts.collected.scores)
+    np.testing.assert_allclose(collected.scores, 0.5 * learned + 2 * gold, rtol=1e-4, atol=1e-4)
 
 
 def test_models_are_those_of_the_checkpoints(settings, tiny_run):

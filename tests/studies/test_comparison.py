@@ -1,12 +1,20 @@
 """Win rates and their intervals."""
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from minilm.config import Config
-from minilm.studies.comparison import against_reference, arms, between, frontier, two_way_interval
+from minilm.studies.comparison import (
+    against_reference,
+    arms,
+    best_of_n_wins,
+    between,
+    frontier,
+    two_way_interval,
+)
 from minilm.studies.curves import Curve
 
 
@@ -42,6 +50,18 @@ def test_between_arms_every_seed_meets_every_seed():
     assert between(theirs, ours).mean == 0.5
     with pytest.raises(ValueError, match="2 prompts against 1"):
         between(ours, np.zeros((1, 1)))
+
+
+def test_the_best_of_n_wins_as_often_as_over_all_its_subsets():
+    rng = np.random.default_rng(3)
+    proxy, gold = rng.normal(size=(2, 5)), rng.integers(3, size=(2, 5)).astype(float)
+    theirs = rng.integers(3, size=(2, 4)).astype(float)
+    for n in (1, 2, 3, 5):
+        expected = []
+        for p, g, r in zip(proxy, gold, theirs, strict=True):
+            best = [g[max(some, key=lambda i: p[i])] for some in combinations(range(5), n)]
+            expected.append(np.mean([(x > y) + 0.5 * (x == y) for x in best for y in r]))
+        np.testing.assert_allclose(best_of_n_wins(proxy, gold, theirs, n), expected, rtol=1e-12)
 
 
 def test_runs_that_differ_in_seeds_alone_are_one_arm():

@@ -10,6 +10,7 @@ from rich.console import Console
 from minilm import cli
 from minilm.stages.policy import PolicyEvaluator
 from minilm.stages.workspace import open_run
+from minilm.studies.curves import best_of_n_kl
 from minilm.studies.evaluation import collected_as_paid, render, shade, underline
 
 
@@ -49,6 +50,21 @@ def test_the_win_rate_is_that_of_the_run_itself(evaluated):
     summary = json.loads((run / "summary.json").read_text())["rlhf"]
     assert first["gold_win_rate"]["mean"] == pytest.approx(summary["gold_win_rate"])
     assert first["kl"] == pytest.approx(summary["kl"])
+
+
+def test_every_arm_is_compared_with_the_best_of_n_of_its_own_reward_model(evaluated):
+    found = json.loads((evaluated / "comparison.json").read_text())
+    by_n = json.loads((evaluated / "card.json").read_text())["search"]
+    for arm in found["arms"].values():
+        best = arm["best_of_n"]
+        assert best["kl"] <= arm["kl"] or best["n"] == 1
+        assert best["kl"] == pytest.approx(best_of_n_kl(best["n"]))
+        at = dict(zip(by_n["n"], by_n["gold"], strict=True))
+        if best["n"] in at:
+            assert best["gold"] == pytest.approx(at[best["n"]])
+        for name in ("gold_win_rate", "beaten"):
+            assert 0 <= best[name]["low"] <= best[name]["mean"] <= best[name]["high"] <= 1
+    assert any(arm["best_of_n"]["n"] in by_n["n"] for arm in found["arms"].values())
 
 
 def test_the_page_shows_the_same_prompts_before_and_after(evaluated):

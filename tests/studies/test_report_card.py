@@ -15,6 +15,7 @@ from minilm.studies.report_card import (
     draw,
     repetition,
     search,
+    searched,
     spoilt,
     what_happened,
 )
@@ -92,7 +93,8 @@ def test_the_peak_of_gold_is_compared_with_the_end():
 
 def test_a_runs_card_is_whole_and_can_be_drawn(tiny_run):
     ws = open_run(tiny_run)
-    found = card(ws, PolicyEvaluator(ws))
+    evaluator = PolicyEvaluator(ws)
+    found = card(ws, evaluator, searched(evaluator))
     labels = found["labels"]
     assert labels["accuracy_low"] <= labels["accuracy"] <= labels["accuracy_high"]
     assert labels["log_loss"] >= labels["bayes_log_loss"]
@@ -123,7 +125,8 @@ def test_accuracy_by_gold_wants_the_gold_of_all_pairs(tiny_run, monkeypatch, kno
         for n, has in enumerate(known)
     ]  # fmt: skip
     monkeypatch.setattr(report_card, "held_out_pairs", lambda ws: (pairs, 0))
-    assert ("by_margin" in card(open_run(tiny_run), None)) == all(known)
+    ws = open_run(tiny_run)
+    assert ("by_margin" in card(ws, PolicyEvaluator(ws), None)) == all(known)
 
 
 def test_there_is_no_way_to_a_ceiling_of_one_half(tiny_run):
