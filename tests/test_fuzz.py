@@ -25,6 +25,7 @@ PAIRS = [
      "rejected": [{"role": "assistant", "content": "c"}]},
     {"prompt": "a", "completions": ["b", "c"], "ratings": [1, 2.5]},
     {"prompt": "a", "completion": "b", "rating": 3},
+    {"prompt": "a", "completion": "c", "label": False},
     {"info": {"post": "a"}, "summaries": [{"text": "b"}, {"text": "c"}], "choice": 1},
     {"instruction": "a", "completions": [{"response": "b", "overall_score": 1.0}]},
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

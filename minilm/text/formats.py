@@ -15,11 +15,13 @@ def pairwise(rows: Sequence[dict[str, Any]], where: str) -> Iterator[tuple[str, 
 
     Known are lists (`prompt`, `completions` and `ratings`, higher is better, or `ranks`, 1 is best;
     or openbmb/UltraFeedback's `instruction` and completions with a `response` and an
-    `overall_score`), and answers rated one by one (`prompt`, `completion`, `rating`), which are
-    compared with the others of their prompt. What is rated the same is no pair.
+    `overall_score`), and answers rated one by one (`prompt`, `completion` and `rating`, or TRL's
+    unpaired `label`, a rating of 1 if true and of 0 if false), which are compared with the others
+    of their prompt. What is rated the same is no pair.
 
     Raises:
-      UserError: texts and ratings that do not fit together, by line number.
+      UserError: texts and ratings that do not fit together, or a label that is neither true nor
+        false, by line number.
     """
     answers: dict[str, list[tuple[str, float]]] = {}
     for number, row in enumerate(rows, 1):
@@ -27,11 +29,11 @@ def pairwise(rows: Sequence[dict[str, Any]], where: str) -> Iterator[tuple[str, 
         if "completions" in row:
             asked, rated = _rated_list(row, place)
             yield from ((place, pair) for pair in _ordered(asked, rated))
-        elif "completion" in row and "rating" in row and "chosen" not in row:
+        elif "completion" in row and {"rating", "label"} & row.keys() and "chosen" not in row:
             prompt, text = plain_text(row.get("prompt", "")), plain_text(row["completion"])
             if not (isinstance(prompt, str) and isinstance(text, str)):
                 raise UserError("prompt and completion must be texts", where=place, value=row)
-            answers.setdefault(prompt, []).append((text, _number(row["rating"], place)))
+            answers.setdefault(prompt, []).append((text, _rating(row, place)))
         else:
             yield place, row
     for asked, rated in answers.items():
@@ -108,6 +110,15 @@ def _rated_list(row: dict[str, Any], place: str) -> tuple[str, list[tuple[str, f
     values = [_number(x, place) for x in ratings]
     lowest = min(values, default=0.0) if "ranks" in row else 0.0
     return asked, [(t, x - lowest) for t, x in zip(texts, values, strict=True)]
+
+
+def _rating(row: dict[str, Any], place: str) -> float:
+    if "rating" in row:
+        return _number(row["rating"], place)
+    if not isinstance(row["label"], bool):
+        problem = "the label of a completion must be true (good) or false (bad)"
+        raise UserError(problem, where=place, value=row["label"])
+    return float(row["label"])
 
 
 def _number(value: Any, place: str) -> float:

@@ -161,7 +161,7 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
 
     Raises:
       UserError: a missing field, a value of the wrong type, NaN or infinity, or two completions
-        that are the same, by line number.
+        that are the same, by line number; no pair at all.
     """
     if not rows:
         raise UserError("no preference pairs", where=where)
@@ -193,8 +193,9 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
             raise UserError(problem, where=place, value=votes)
         pairs.append(pair)
     if not pairs:
-        problem = "no two completions of a prompt are rated differently: nothing to prefer"
-        raise UserError(problem, where=where, value=f"{len(rows)} rows")
+        problem = "no prompt has both a better and a worse completion: nothing to prefer"
+        hint = "completions of one prompt with different `rating`s, or `label` true and false"
+        raise UserError(problem, where=where, value=f"{len(rows)} rows", hint=hint)
     return pairs
 
 

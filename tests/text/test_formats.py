@@ -111,8 +111,33 @@ def test_answers_rated_one_by_one_are_compared_within_their_prompt():
     ]
     (pair,) = pairs_from(rows, "rows.jsonl")
     assert (*pair[:3], pair.rating_chosen) == ("p", "b", "a", 4.0)
-    with pytest.raises(UserError, match="no two completions of a prompt are rated differently"):
+    with pytest.raises(UserError, match="no prompt has both a better and a worse completion"):
         pairs_from(rows[:2], "rows.jsonl")
+
+
+def test_trls_unpaired_answers_are_good_ones_against_bad_ones_of_their_prompt():
+    good, bad = {"completion": "a", "label": True}, {"completion": "b", "label": False}
+    rows = [
+        {"prompt": "p"} | good,
+        {"prompt": "q"} | good,
+        {"prompt": [said("user", "p")], "completion": [said("assistant", "c")], "label": False},
+        {"prompt": "p"} | bad,
+        {"prompt": "p", "completion": "d", "label": True},
+    ]
+    pairs = pairs_from(rows, "rows.jsonl")
+    assert {p[:3] for p in pairs} == {("p", x, y) for x in "ad" for y in "bc"}
+    assert {(p.rating_chosen, p.rating_rejected) for p in pairs} == {(1.0, 0.0)}
+    with pytest.raises(UserError, match="both a better and a worse completion") as refused:
+        pairs_from([{"prompt": "p"} | good, {"prompt": "q"} | bad], "rows.jsonl")
+    assert "`label` true and false" in str(refused.value)
+
+
+@pytest.mark.parametrize("label", [1, "true", None, 0.0])
+def test_a_label_that_is_neither_true_nor_false_is_named(label):
+    row = {"prompt": "p", "completion": "a", "label": label}
+    with pytest.raises(UserError, match=r"must be true \(good\) or false") as refused:
+        pairs_from([row | {"label": True}, row], "rows.jsonl")
+    assert refused.value.where == "rows.jsonl:2"
 
 
 @pytest.mark.parametrize(
