@@ -99,7 +99,10 @@ class Run:
             shown = text
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """The run's learned reward of each completion, normalised as RLHF was paid.
+        """The run's learned rewards [N], normalised and read to the end as RLHF was paid.
+
+        A text longer than `reward.max_tokens` is read whole too, though the model has learnt on
+        none so long.
 
         Raises:
           UserError: the path has no reward model, or the lists differ in length.
@@ -116,8 +119,7 @@ class Run:
         members = (load_model(found)[0], *(load_model(checkpoint.find(f))[0] for f in folders[1:]))
         scales = tuple(load_normalization(f) for f in folders)
         payer = RewardModel(members, scales, config.rlhf.ensemble, config.rlhf.ensemble_penalty)
-        longest = config.reward.max_tokens
-        return paid_texts(payer, self.tokenizer, prompts, completions, longest)
+        return paid_texts(payer, self.tokenizer, prompts, completions)
 
 
 def score_command(path: Path, file: Path, out: Path | None) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +11,9 @@ import minilm
 from minilm import Run, checkpoint, cli
 from minilm.configfile import load
 from minilm.errors import UserError
+from minilm.model import sequence_score
+from minilm.stages.reward import encode, load_normalization
+from minilm.stages.workspace import load_model
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,21 @@ def test_scores_are_in_units_of_the_reference_completions(run, tiny_run):
     np.testing.assert_array_equal(by_path.score(*map(list, zip(*texts, strict=True))), scores)
     alone = run.score([texts[0][0]], [texts[0][1]])
     np.testing.assert_allclose(alone, scores[:1], atol=1e-3)
+
+
+def test_a_long_text_is_scored_whole_as_rlhf_reads_it(run, tiny_run):
+    """Cut at `reward.max_tokens`, two completions that differ after it scored the same."""
+    text = " The fox ran home." * (run.config.reward.max_tokens // 4)
+    found = run.score(["Once."] * 2, [text, text + " The hen slept."])
+    assert found[0] != found[1]
+    model, _ = load_model(checkpoint.find(tiny_run / "reward"))
+    ids = [encode(run.tokenizer, "Once.", text + end) for end in ("", " The hen slept.")]
+    assert min(map(len, ids)) > run.config.reward.max_tokens
+    scale = load_normalization(tiny_run / "reward")
+    for row, score in zip(ids, found, strict=True):
+        tokens, last = jnp.array([row]), jnp.array([len(row) - 1])
+        raw = sequence_score(model, tokens, jnp.ones_like(tokens), last)
+        assert score == pytest.approx((float(raw[0]) - scale.mean) / scale.std, abs=1e-3)
 
 
 def test_a_stage_and_a_checkpoint_open_too(tiny_run):

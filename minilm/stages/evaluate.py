@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from minilm.generate import Samples, generate, left_pad
 from minilm.losses.language import next_token_cross_entropy
@@ -127,6 +128,18 @@ def batched(function: Callable, arrays: Sequence, size: int):
         parts = [np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for x in parts]
         results.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], function(*parts)))
     return jax.tree.map(lambda *xs: np.concatenate(xs), *results)
+
+
+def right_pad(
+    rows: Sequence[Sequence[int]], count: int, width: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Tokens, segments and the last real position of each row (0 if empty), for B = `count`."""
+    tokens, segments = np.zeros((2, count, width), np.int32)
+    last = np.zeros(count, np.int32)
+    for n, row in enumerate(rows):
+        tokens[n, : len(row)], segments[n, : len(row)] = row, 1
+        last[n] = max(len(row) - 1, 0)
+    return tokens, segments, last
 
 
 def texts_of(samples: Samples, tokenizer: Tokenizer) -> list[str]:

@@ -17,7 +17,7 @@ from minilm.model import Transformer, hidden_states, logits, lowest_layers, scal
 from minilm.objective import Objective, Term
 from minilm.optim import make_optimizer, schedule
 from minilm.rewards import Normalization, RewardModel
-from minilm.stages.evaluate import batched, sample, texts_of
+from minilm.stages.evaluate import batched, right_pad, sample, texts_of
 from minilm.stages.preferences import load_pairs
 from minilm.stages.statistics import cluster_interval, reliability, spearman
 from minilm.stages.workspace import Workspace
@@ -28,7 +28,9 @@ from minilm.text.tokenizer import Tokenizer
 from minilm.train import fit
 
 REFERENCES = 256  # completions that set the scale of a reward learnt from users' pairs, to 6 %
+ATTENDED = 64 * 512**2  # pairs of positions that a batch of texts to score has, a head
 MAX_GROUP = 8  # completions of a prompt scored together; larger groups fall apart into pairs
+_scores = jax.jit(sequence_score)
 
 
 class PairBatch(NamedTuple):
@@ -273,13 +275,15 @@ def score_texts(
 ) -> np.ndarray:
     """Raw rewards [N], in batches of one shape; longer texts are cut before their end-of-text.
 
-    Without a limit all are read to their end: rotary positions have no last one.
+    Without a limit all are read to their end: rotary positions have no last one. Batches of long
+    texts are smaller, since attention takes memory by the square of the length.
     """
     rows = [encode(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
     if max_tokens is not None:
         rows = [r if len(r) <= max_tokens else [*r[: max_tokens - 1], r[-1]] for r in rows]
-    arrays = _right_pad(rows, len(rows), _rounded(max(map(len, rows))))
-    return batched(functools.partial(_scores, model), arrays, batch_size)
+    width = _rounded(max(map(len, rows)))
+    batch_size = max(1, min(batch_size, ATTENDED // width**2))
+    return batched(functools.partial(_scores, model), right_pad(rows, len(rows), width), batch_size)
 
 
 _scores = jax.jit(sequence_score)
@@ -302,10 +306,9 @@ def paid_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     completions: Sequence[str],
-    max_tokens: int | None = None,
 ) -> np.ndarray:
-    """Rewards [N] as RLHF pays them: normalised, an ensemble's members combined."""
-    told = tokenizer, prompts, completions, max_tokens
+    """Rewards [N] as RLHF pays them: read whole, normalised, an ensemble's members combined."""
+    told = tokenizer, prompts, completions, None
     return np.asarray(reward_model.combined([score_texts(m, *told) for m in reward_model.members]))
 
 
@@ -371,7 +374,7 @@ def _shape(groups: Sequence[_Group]) -> tuple[int, int, int]:
 def _batch(groups: Sequence[_Group], size: int, shape: tuple[int, int, int]) -> PairBatch:
     k, q, width = shape
     rows = [row for g in groups for row in g.rows + [[]] * (k - len(g.rows))]
-    arrays = _right_pad(rows, size * k, width)
+    arrays = right_pad(rows, size * k, width)
     first, second = np.zeros((2, size, q), np.int32)
     label, weights = np.zeros((2, size, q), np.float32)
     rating = np.zeros((size, k), np.float32)
@@ -381,16 +384,6 @@ def _batch(groups: Sequence[_Group], size: int, shape: tuple[int, int, int]) -> 
             first[m, n], second[m, n], label[m, n], weights[m, n] = i, j, share, 1
     shaped = (x.reshape(size, k, *x.shape[1:]) for x in arrays)
     return PairBatch._make((*shaped, first, second, label, rating, weights))
-
-
-def _right_pad(rows: Sequence[Sequence[int]], count: int, width: int):
-    """Tokens and segments [count, width] and the last real position of each row (0 if empty)."""
-    tokens, segments = np.zeros((2, count, width), np.int32)
-    last = np.zeros(count, np.int32)
-    for n, row in enumerate(rows):
-        tokens[n, : len(row)], segments[n, : len(row)] = row, 1
-        last[n] = max(len(row) - 1, 0)
-    return tokens, segments, last
 
 
 def _rounded(length: int) -> int:

@@ -222,7 +222,7 @@ MUTANTS = {
     ),
     "score read at padding": Mutant(
         "reward", "scores stand on end-of-text",
-        _replace(reward, "_right_pad", _read_at_the_row_s_end), "trl#5338",
+        _replace(reward, "right_pad", _read_at_the_row_s_end), "trl#5338",
     ),
     "chosen and rejected swapped": Mutant(
         "reward", "the loss is its formula", _replace(reward, "bradley_terry", _roles_swapped),

@@ -117,6 +117,22 @@ def test_without_a_limit_a_text_is_read_to_its_end():
     assert cut[1] != pytest.approx(whole[1], abs=1e-4)
 
 
+def test_batches_of_long_texts_are_smaller_and_score_the_same(monkeypatch):
+    prompts, texts = ["ab", "h", "c"], ["c" * 40, "de", "fgh" * 9]
+    shapes, whole = [], score(prompts, texts)
+    monkeypatch.setattr(r, "ATTENDED", 2 * 48**2)
+
+    def batched(function, arrays, size):
+        shapes.append((size, arrays[0].shape[1]))
+        return np.concatenate([function(*(x[n : n + 1] for x in arrays)) for n in range(3)])
+
+    monkeypatch.setattr(r, "batched", batched)
+    np.testing.assert_allclose(score(prompts, texts), whole, atol=3e-5)
+    score(prompts, texts, max_tokens=16)
+    score(["a"] * 3, ["b" * 200] * 3, max_tokens=None)
+    assert shapes == [(2, 48), (4, 16), (1, 208)]
+
+
 @pytest.fixture
 def ws(tmp_path) -> Workspace:
     ws = Workspace(Config(), tmp_path, None, "float32")
