@@ -181,6 +181,15 @@ PENALTIES: dict[str, Callable[[Any], Float[Array, ""]]] = {
 }
 
 
+def reads_lists(config: Config) -> bool:
+    """Whether a term of the reward model reads each prompt's completions as a list, or one by one.
+
+    Pairs of a list would give it other lists, other ratings, and completions many times over.
+    """
+    rows = [config.objective.get(name) for name in OVER if name in TERMS["reward"]]
+    return any(row and (not row.stages or "reward" in row.stages) for row in rows)
+
+
 def known_names(own: Mapping[str, Objective]) -> set[str]:
     """Every name that `[objective.NAME]` may have, given each stage's own objective."""
     names = {name for rows in TERMS.values() for name in rows} | set(PENALTIES)

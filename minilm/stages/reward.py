@@ -22,14 +22,14 @@ from minilm.stages.preferences import load_pairs
 from minilm.stages.statistics import cluster_interval, reliability, spearman
 from minilm.stages.workspace import Workspace
 from minilm.step import TrainState, init_state, make_train_step
-from minilm.terms import check_grades, configured
+from minilm.terms import check_grades, configured, reads_lists
 from minilm.text.preferences import Pair, fitting, label_probabilities
 from minilm.text.tokenizer import Tokenizer
 from minilm.train import fit
 
 REFERENCES = 256  # completions that set the scale of a reward learnt from users' pairs, to 6 %
 ATTENDED = 64 * 512**2  # pairs of positions that a batch of texts to score has, a head
-MAX_GROUP = 8  # completions of a prompt scored together; larger groups fall apart into pairs
+MAX_GROUP = 8  # completions of a prompt scored together; larger groups, if no lists, become pairs
 _scores = jax.jit(sequence_score)
 
 
@@ -193,7 +193,8 @@ class Pairs:
 
     def __init__(self, ws: Workspace, pairs: Sequence[Pair], member: int = 0):
         config = ws.config.reward
-        self._groups = _groups(pairs, ws.tokenizer, config.max_tokens)
+        lists = reads_lists(ws.config)
+        self._groups = _groups(pairs, ws.tokenizer, config.max_tokens, lists=lists)
         check_grades(ws.config, [x for group in self._groups for x in group.ratings])
         self._size, self._shape = config.batch_size, _shape(self._groups)
         self._seed, self._member = ws.config.seed, (member,) if member else ()
@@ -336,15 +337,17 @@ class _Group(NamedTuple):
     ratings: list[float]
 
 
-def _groups(pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> list[_Group]:
-    """Pairs by prompt, without those that have a longer text."""
+def _groups(
+    pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int, *, lists: bool = False
+) -> list[_Group]:
+    """Pairs by prompt, without those that have a longer text; with `lists` none falls apart."""
     by_prompt: dict[str, list[Pair]] = {}
     for pair in fitting(pairs, tokenizer, max_tokens):
         by_prompt.setdefault(pair.prompt, []).append(pair)
     groups = []
     for prompt, members in by_prompt.items():
         texts = {text for p in members for text in (p.chosen, p.rejected)}
-        for part in [members] if len(texts) <= MAX_GROUP else [[p] for p in members]:
+        for part in [members] if lists or len(texts) <= MAX_GROUP else [[p] for p in members]:
             several = dict.fromkeys(text for p in part for text in (p.chosen, p.rejected))
             index = {text: i for i, text in enumerate(several)}
             labels = [(index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part]

@@ -246,6 +246,44 @@ def test_terms_over_lists_completions_and_tokens(name):
     )
 
 
+TEN = ["a" * n for n in range(1, 11)]
+LONG_LIST = [
+    Pair("h", TEN[j], TEN[i], rating_chosen=float(j), rating_rejected=float(i))
+    for j in range(10)
+    for i in range(j)
+]
+
+
+def test_a_list_of_ten_is_paid_for_as_a_whole(ws):
+    """As 45 lists of two the best would have been picked out of two, nine times."""
+    rows = {"plackett_luce": {"weight": 1.0}, "bradley_terry": {"weight": 0.0}}
+    ws = space(ws, objective=rows)
+    batch = jax.tree.map(jnp.asarray, r.Pairs(ws, LONG_LIST)[0])
+    objective = configured(r.PREFERENCE, "reward", ws.config, 1)
+    totals = objective.totals(jax.jit(r.forward)(MODEL, batch), batch)
+    best_first = score(["h"] * 10, TEN).astype(np.float64)[::-1]
+    expected = sum(math.log(np.exp(best_first[n:]).sum()) - best_first[n] for n in range(10))
+    assert float(objective.counts(batch)["plackett_luce"]) == 1
+    assert float(totals["plackett_luce"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "lists"),
+    [
+        ("plackett_luce", {}, 1),
+        ("rating", {}, 1),
+        ("ordinal", {"options": {"high": 9}}, 1),
+        ("language_model", {"stages": ("reward",)}, 1),
+        ("language_model", {"stages": ("rlhf",)}, 45),
+        ("centering", {}, 45),
+    ],
+)
+def test_long_lists_stay_whole_where_a_term_reads_more_than_pairs(ws, name, row, lists):
+    objective = {name: {"weight": 0.1} | row}
+    batches = r.Pairs(space(ws, objective=objective, reward={"batch_size": 1}), LONG_LIST)
+    assert (batches.steps, batches.left_out) == (lists, 0)
+
+
 def test_the_normalisation_is_read_back_and_its_absence_is_said(ws):
     with pytest.raises(UserError, match="no normalisation of the reward"):
         r.load_normalization(ws.stage("reward"))
