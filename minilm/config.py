@@ -242,8 +242,8 @@ class PreferencesConfig(Section):
     flip_rate: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     # Differences up to about so many temperatures are called a tie: Rao and Kupper (1967).
     tie_band: NonNegative = 0.0
-    # Raters may see otherwise than gold does: by another judge, with a liking for each word more,
-    # and for what is shown first (in temperatures; which is first is drawn anew for each rater).
+    # Raters may see otherwise than gold: by another judge (or each by one), liking each word more,
+    # and what is shown first (in temperatures; which is first is drawn anew for each rater).
     rater_judge: str | None = None
     length_bias: Finite = 0.0
     position_bias: NonNegative = 0.0

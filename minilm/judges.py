@@ -1,12 +1,15 @@
 """Gold scorers: the truth that evaluation reads and simulated raters follow, never the trainer.
 
 A judge takes prompts and completions as text and returns one score each, as TRL's reward functions
-do. Yours (options keyword-only) is `judge.name = "my_module:my_function"`, or a row.
+do. Yours (options keyword-only) is `judge.name = "my_module:my_function"`, or a row. What simulated
+raters judge by (`preferences.rater_judge`) may also be several opinions, a row of scores each.
 """
 
+import copy
 import functools
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,8 +79,29 @@ def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Float[np.nd
       Hutto and Gilbert (2014), VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
       Social Media Text, ICWSM.
     """
-    analyzer = _vader()
     texts = [c for _, c in zip(prompts, completions, strict=True)]
+    return _compound(_vader(), texts)
+
+
+def sentiment_raters(
+    prompts: Sequence[str], completions: Sequence[str]
+) -> Float[np.ndarray, "10 B"]:
+    """How cheerful each of the ten people who rated VADER's words would find a completion.
+
+    Row k is VADER's compound score, from −1 to 1, with the k-th rating of every word in place of
+    the mean. A word that a rater gave 0 is not in that rater's lexicon, as none is in VADER's whose
+    mean is 0: its rules would find it bad in capitals and good after "very".
+
+    Raises:
+      UserError: the package is not installed.
+    Reference:
+      Hutto and Gilbert (2014), as `sentiment`; the ratings are the last column of its lexicon.
+    """
+    texts = [c for _, c in zip(prompts, completions, strict=True)]
+    return np.stack([_compound(analyzer, texts) for analyzer in _vader_raters()])
+
+
+def _compound(analyzer: Any, texts: Sequence[str]) -> Float[np.ndarray, " B"]:
     return np.array([analyzer.polarity_scores(t)["compound"] for t in texts], dtype=np.float32)
 
 
@@ -87,8 +111,19 @@ def _vader() -> Any:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # pyright: ignore[reportMissingImports]
     except ImportError:
         hint = "uv sync --extra sentiment, or pip install vaderSentiment"
-        raise UserError("needs the package vaderSentiment", where="judge.name", hint=hint) from None
+        raise UserError("needs the package vaderSentiment", hint=hint) from None
     return SentimentIntensityAnalyzer()
+
+
+@functools.cache
+def _vader_raters() -> list[Any]:
+    """VADER with the lexicon of each rater; a line is word, mean, deviation and ten ratings."""
+    lines = _vader().lexicon_full_filepath.rstrip("\n").split("\n")
+    rated = {word: json.loads(told) for word, *_, told in (x.strip().split("\t") for x in lines)}
+    raters = [copy.copy(_vader()) for _ in range(10)]
+    for k, rater in enumerate(raters):
+        rater.lexicon = {word: float(r[k]) for word, r in rated.items() if r[k]}
+    return raters
 
 
 JUDGES: dict[str, Callable[..., np.ndarray]] = {
@@ -96,6 +131,7 @@ JUDGES: dict[str, Callable[..., np.ndarray]] = {
     "length": length,
     "regex": regex,
     "sentiment": sentiment,
+    "sentiment_raters": sentiment_raters,
 }
 
 
@@ -106,24 +142,42 @@ def configured(config: Config) -> Judge | None:
       UserError: no such judge; when it is called: it fails, or does not return one finite score
         for each completion.
     """
-    name, options = config.judge.name, dict(config.judge.options)
-    if name == "none":
-        return None
+    name = config.judge.name
+    return None if name == "none" else _checked(config, name, config.judge.options, "judge.name")
+
+
+def rater_judge(config: Config) -> Judge | None:
+    """What simulated raters judge by, scores [N] or, a row each, [R, N]; None where it is gold.
+
+    Raises:
+      UserError: no such judge, or one that needs options; when it is called: it fails, or does not
+        return one finite score for each completion, or that for each rater.
+    """
+    name = config.preferences.rater_judge
+    return None if name is None else _checked(config, name, {}, "preferences.rater_judge")
+
+
+def _checked(config: Config, name: str, options: Mapping[str, Any], where: str) -> Judge:
     if name == "fables" and config.corpus.kind == "fables":
-        options.setdefault("size", config.corpus.size)
-    judge = bind(JUDGES, name, options, "judge.name")
+        options = {"size": config.corpus.size} | dict(options)
+    judge, rows = bind(JUDGES, name, options, where), where == "preferences.rater_judge"
 
     def checked(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         try:
             scores = np.asarray(judge(prompts, completions), np.float32)
-        except UserError:
-            raise
+        except UserError as error:
+            if error.where is not None:
+                raise
+            raise UserError(str(error), where=where) from None
         except Exception as error:  # the function may be the user's
-            raise UserError(f"the judge failed: {error!r}", where="judge", value=name) from error
-        if scores.shape != (len(completions),) or not np.isfinite(scores).all():
+            raise UserError(f"the judge failed: {error!r}", where=where, value=name) from error
+        several = scores.ndim == 2 and len(scores) > 0
+        fits = scores.shape[-1:] == (len(completions),) and (scores.ndim == 1 or (several and rows))
+        if not fits or not np.isfinite(scores).all():
             problem = "a judge must return one finite score for each completion"
-            seen = scores if scores.shape == (len(completions),) else f"shape {scores.shape}"
-            raise UserError(problem, where="judge.name", value=seen)
+            hint = "a row for each rater is for preferences.rater_judge alone" if several else None
+            seen = scores if fits else f"shape {scores.shape}"
+            raise UserError(problem, where=where, value=seen, hint=hint if not rows else None)
         return scores
 
     return checked

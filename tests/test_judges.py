@@ -1,19 +1,26 @@
 """Judges: the truth behind a name."""
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import vaderSentiment
 
 from minilm import judges
-from minilm.config import Config, JudgeConfig
+from minilm.config import Config, JudgeConfig, PreferencesConfig
 from minilm.errors import UserError
-from minilm.judges import JUDGES, configured
+from minilm.judges import JUDGES, configured, rater_judge
 from minilm.text.fables import generate, gold
 
 
 def judge(name, options, where=""):
     return configured(Config(judge=JudgeConfig(name=name, options=options)))
+
+
+def raters(name):
+    return rater_judge(Config(preferences=PreferencesConfig(rater_judge=name)))
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
@@ -64,7 +71,58 @@ def test_sentiment_says_what_it_needs(monkeypatch):
     judges._vader.cache_clear()
 
 
-@pytest.mark.parametrize("name", JUDGES)
+def ratings(word: str) -> list[int]:
+    """The ten of a word, from VADER's file."""
+    lines = Path(vaderSentiment.__file__).with_name("vader_lexicon.txt").read_text("utf-8")
+    (line,) = (line for line in lines.splitlines() if line.startswith(f"{word}\t"))
+    return [int(x) for x in re.findall(r"-?\d+", line[line.index("[") :])]
+
+
+def test_each_of_vaders_ten_raters_scores_by_their_own_ratings_of_words():
+    """VADER's score of a sum x of ratings is x / sqrt(x² + 15); "not" turns and shrinks it."""
+    texts = ["a lovely day", "not lovely", "a vile, lovely day", "a day"]
+    found = raters("sentiment_raters")([""] * 4, texts)
+    lovely, vile = np.array(ratings("lovely")), np.array(ratings("vile"))
+    assert len(set(lovely)) > 1
+    x = np.stack([lovely, -0.74 * lovely, vile + lovely, 0 * lovely], axis=-1)
+    np.testing.assert_allclose(found, x / np.sqrt(x**2 + 15), atol=1e-4)
+
+
+def test_a_word_that_a_rater_gave_0_moves_that_rater_in_no_way():
+    """In the lexicon with 0 it would be bad in capitals and good after "very"."""
+    told = ratings("abhor")
+    assert 0 in told
+    found = raters("sentiment_raters")([""] * 2, ["a very abhor day", "an ABHOR day"])
+    np.testing.assert_array_equal(found == 0, np.array(told)[:, None] == np.zeros(2))
+
+
+def test_only_raters_may_have_a_row_each():
+    assert raters(f"{__name__}:two_minds")(["", ""], ["a", "b"]).tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(UserError, match="one finite score") as refused:
+        judge(f"{__name__}:two_minds", {})(["", ""], ["a", "b"])
+    assert "shape (2, 2)" in str(refused.value)
+    assert "for preferences.rater_judge alone" in str(refused.value)
+    for name in ("two_minds", "nobody"):
+        with pytest.raises(UserError, match="one finite score") as refused:
+            raters(f"{__name__}:{name}")(["", "", ""], ["a", "b", "c"])
+        assert refused.value.where == "preferences.rater_judge"
+
+
+def test_what_a_raters_judge_needs_is_said_of_its_key(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    judges._vader.cache_clear()
+    judges._vader_raters.cache_clear()
+    for name in ("sentiment", "sentiment_raters"):
+        with pytest.raises(UserError, match="needs the package vaderSentiment") as refused:
+            raters(name)([""], [""])
+        assert refused.value.where == "preferences.rater_judge"
+    with pytest.raises(UserError, match="no more stories") as refused:
+        raters(f"{__name__}:angry")([""], [""])
+    assert refused.value.where == "preferences.rater_judge"
+    judges._vader.cache_clear()
+
+
+@pytest.mark.parametrize("name", sorted(JUDGES.keys() - {"sentiment_raters"}))
 def test_every_row_gives_one_finite_score_each(name):
     options = {"length": {"target": 5}, "regex": {"pattern": "a"}}
     score = judge(name, options.get(name, {}), "judge")
@@ -82,6 +140,14 @@ def shout(prompts, completions, *, factor: float = 1.0):
 
 def short(prompts, completions):
     return [1.0]
+
+
+def two_minds(prompts, completions):
+    return [[1, 2], [3, 4]]
+
+
+def nobody(prompts, completions):
+    return np.zeros((0, len(completions)))
 
 
 def undecided(prompts, completions):

@@ -7,11 +7,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from minilm.choices import bind
-from minilm.config import Config, JudgeConfig
 from minilm.errors import UserError
 from minilm.files import read_jsonl, write_json, write_jsonl
-from minilm.judges import JUDGES, Judge, configured
+from minilm.judges import configured, rater_judge
 from minilm.stages.evaluate import sample, texts_of
 from minilm.stages.workspace import Workspace
 from minilm.text.preferences import (
@@ -94,27 +92,14 @@ def _simulated(ws: Workspace) -> list[Pair]:
 
 
 def _seen(ws: Workspace, prompts: list[str], texts: list[str], gold: np.ndarray):
-    """What raters judge by, [prompts, completions]; None where it is gold."""
+    """What raters judge by, [R, prompts, completions] of R raters; None where it is gold."""
     config = ws.config.preferences
     if config.rater_judge is None and not config.length_bias:
         return None
     judge = rater_judge(ws.config)
-    seen = gold if judge is None else judge(prompts, texts).reshape(gold.shape)
+    seen = (gold if judge is None else judge(prompts, texts)).reshape(-1, *gold.shape)
     words = np.array([len(text.split()) for text in texts], np.float64).reshape(gold.shape)
     return seen + config.length_bias * words
-
-
-def rater_judge(config: Config) -> Judge | None:
-    """What raters judge by; None where it is gold.
-
-    Raises:
-      UserError: no such judge, or one that needs options.
-    """
-    name = config.preferences.rater_judge
-    if name is None:
-        return None
-    bind(JUDGES, name, {}, "preferences.rater_judge")  # for a message that names the key
-    return configured(config.model_copy(update={"judge": JudgeConfig(name=name)}))
 
 
 def users_pairs(path: Path) -> list[Pair]:

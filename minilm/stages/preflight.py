@@ -6,8 +6,8 @@ from minilm.algorithms import Algorithm, algorithm_of, objective
 from minilm.choices import choose
 from minilm.config import Config
 from minilm.errors import UserError
-from minilm.judges import configured
-from minilm.stages.preferences import rater_judge, users_pairs
+from minilm.judges import configured, rater_judge
+from minilm.stages.preferences import users_pairs
 from minilm.stages.pretrain import LANGUAGE
 from minilm.stages.reward import PREFERENCE
 from minilm.stages.sft import examples_of

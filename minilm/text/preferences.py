@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from minilm.config import PreferencesConfig
 from minilm.errors import UserError
@@ -26,8 +26,8 @@ class Pair(NamedTuple):
     gold_rejected: float | None = None
     rating_chosen: float | None = None  # a rater's own, where each completion was rated
     rating_rejected: float | None = None
-    seen_chosen: float | None = None  # what simulated raters judge by, where that is not gold
-    seen_rejected: float | None = None
+    # What each simulated rater sees in `chosen` less that in `rejected`, where that is not gold.
+    seen_gaps: tuple[float, ...] | None = None
 
 
 def chosen_probability(
@@ -67,34 +67,41 @@ def label_pairs(
     """All pairs of each prompt's different completions, labelled by simulated raters.
 
     The completion with more votes is `chosen`; a tie is drawn. Where raters may call a tie every
-    vote counts two, and a tie one for each.
+    vote counts two, and a tie one for each. Of R raters who see otherwise, vote i is by i mod R.
 
     Args:
       gold: [prompts, completions].
-      seen: what the raters see instead, of the same shape; None: gold.
+      seen: what the raters see instead, of the same shape or [R, prompts, completions]; None: gold.
     """
     pairs, worth = [], 2 if raters.tie_band else 1
     total = worth * raters.raters
+    views = (gold if seen is None else seen).reshape(-1, *gold.shape)
+    each = _votes(raters, len(views))
     for prompt, texts, scores, judged in zip(
-        prompts, completions, gold, gold if seen is None else seen, strict=True
+        prompts, completions, gold, views.swapaxes(0, 1), strict=True
     ):
         for i, j in itertools.combinations(range(len(texts)), 2):
             if texts[i] == texts[j] or (raters.coverage < 1 and rng.random() >= raters.coverage):
                 continue
-            win, lose = _outcomes(judged[i] - judged[j], raters)
+            win, lose = _outcomes(judged[:, i] - judged[:, j], raters)
             if raters.tie_band:
-                won, lost, _ = rng.multinomial(raters.raters, [win, lose, max(1 - win - lose, 0)])
+                shares = np.stack([win, lose, np.maximum(1 - win - lose, 0)], axis=-1)
+                won, lost, _ = rng.multinomial(each, shares).sum(axis=0)
                 votes = int(raters.raters + won - lost)
             else:
-                votes = int(rng.binomial(raters.raters, win))
+                votes = int(rng.binomial(each, win).sum())
             tie_to_first = bool(rng.random() < 0.5)
             if 2 * votes < total or (2 * votes == total and not tie_to_first):
                 i, j, votes = j, i, total - votes
             told = {"gold_chosen": float(scores[i]), "gold_rejected": float(scores[j])}
-            if seen is not None:
-                told |= {"seen_chosen": float(judged[i]), "seen_rejected": float(judged[j])}
-            pairs.append(Pair(prompt, texts[i], texts[j], votes, total, **told))
+            gaps = None if seen is None else tuple((judged[:, i] - judged[:, j]).tolist())
+            pairs.append(Pair(prompt, texts[i], texts[j], votes, total, **told, seen_gaps=gaps))
     return pairs
+
+
+def _votes(raters: PreferencesConfig, views: int) -> Int[np.ndarray, " R"]:
+    """How many of a pair's votes each of R = `views` raters has: vote i is by rater i mod R."""
+    return np.bincount(np.arange(raters.raters) % views, minlength=views)
 
 
 def label_probabilities(
@@ -102,19 +109,17 @@ def label_probabilities(
 ) -> tuple[Float[np.ndarray, " N"], bool]:
     """P(one rater prefers `chosen`), and whether that is known.
 
-    It is where the raters are simulated. In a file of the user's, gold or not, nobody knows how its
-    raters voted: there it is the observed share of votes.
+    It is where the raters are simulated; where they see differently, the mean over their votes. In
+    a file of the user's, gold or not, nobody knows how its raters voted: there it is the observed
+    share of votes.
     """
     if config.file or any(p.gold_chosen is None or p.gold_rejected is None for p in pairs):
         return np.array([p.votes_chosen / p.votes for p in pairs]), False
-    seen = [_judged(p) for p in pairs]
-    return np.asarray(chosen_probability(np.array([a - b for a, b in seen]), config)), True
-
-
-def _judged(pair: Pair) -> tuple[float, float]:
-    """What raters judge a simulated pair by."""
-    seen = (pair.seen_chosen, pair.seen_rejected)
-    return (pair.gold_chosen, pair.gold_rejected) if None in seen else seen  # pyright: ignore
+    gaps = [p.seen_gaps or (p.gold_chosen - p.gold_rejected,) for p in pairs]  # pyright: ignore
+    each = np.asarray(chosen_probability(np.concatenate(gaps), config))
+    shares = np.concatenate([_votes(config, len(g)) for g in gaps]) / config.raters
+    starts = np.cumsum([0, *map(len, gaps)])[:-1]
+    return np.add.reduceat(each * shares, starts), True
 
 
 def bayes_rates(p: Float[np.ndarray, " N"]) -> tuple[float, float]:
@@ -153,7 +158,7 @@ EVEN = 1e-6  # off 0.5: no number of votes that anybody draws tells it from even
 REQUIRED = ("prompt", "chosen", "rejected")
 REAL = int | float
 NUMBERS = {"votes_chosen": int, "votes": int, "gold_chosen": REAL, "gold_rejected": REAL}
-NUMBERS |= {f"{kind}_{which}": REAL for kind in ("rating", "seen") for which in REQUIRED[1:]}
+NUMBERS |= {"rating_chosen": REAL, "rating_rejected": REAL}
 
 
 def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
@@ -188,6 +193,7 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
             problem = "votes and votes_chosen need each other"
             raise UserError(problem, where=place, value=sorted(row))
         pair = Pair(**{k: row[k] for k in Pair._fields if row.get(k) is not None})
+        pair = pair._replace(seen_gaps=_seen_gaps(row, place))
         if not 0 <= pair.votes_chosen <= pair.votes or pair.votes < 1:
             problem, votes = "votes_chosen must lie between 0 and votes", pair[3:5]
             raise UserError(problem, where=place, value=votes)
@@ -197,6 +203,19 @@ def pairs_from(rows: Sequence[dict], where: str) -> list[Pair]:
         hint = "completions of one prompt with different `rating`s, or `label` true and false"
         raise UserError(problem, where=where, value=f"{len(rows)} rows", hint=hint)
     return pairs
+
+
+def _seen_gaps(row: dict[str, Any], place: str) -> tuple[float, ...] | None:
+    gaps: Any = row.get("seen_gaps")
+    one, other = (row.get(f"seen_{which}") for which in REQUIRED[1:])  # of older files
+    if gaps is None and real(one) and real(other):
+        gaps = [one - other]  # pyright: ignore[reportOptionalOperand]
+    if gaps is None:
+        return None
+    if not (isinstance(gaps, list | tuple) and gaps and all(real(gap) for gap in gaps)):
+        problem = "'seen_gaps' must be a list of finite numbers, one a rater"
+        raise UserError(problem, where=place, value=gaps)
+    return tuple(map(float, gaps))
 
 
 def check_completions(pairs: Sequence[Pair], where: str) -> None:

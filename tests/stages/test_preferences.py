@@ -100,3 +100,17 @@ def test_a_judge_that_finds_everything_alike_makes_no_pairs(
         stage.preferences(Workspace(Config(preferences=raters), tmp_path, None, "float32"))
     assert refused.value.where == where
     assert not list(tmp_path.iterdir())
+
+
+def two_raters(prompts, completions):
+    return [[len(c) for c in completions], [-len(c) for c in completions]]
+
+
+def test_each_rater_sees_their_own_and_likes_words(tmp_path):
+    dials = {"rater_judge": f"{__name__}:two_raters", "length_bias": 0.5}
+    ws = Workspace(Config(preferences=PreferencesConfig(**dials)), tmp_path, None, "float32")
+    texts = ["a", "b b", "c c c", "dd"]  # of two prompts
+    seen = stage._seen(ws, ["p", "p", "q", "q"], texts, np.zeros((2, 2)))
+    np.testing.assert_array_equal(
+        seen, [[[1.5, 4.0], [6.5, 2.5]], [[-0.5, -2.0], [-3.5, -1.5]]]
+    )  # fmt: skip

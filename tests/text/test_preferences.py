@@ -237,6 +237,63 @@ def test_raters_vote_by_what_they_see_and_gold_stays_what_it_is():
     assert again == pairs
 
 
+def test_vote_i_is_by_rater_i_modulo_their_number():
+    """Two raters sure of opposite things: of three votes the first has two, of one the only."""
+    seen = np.array([[[60.0, 0.0]] * 50, [[0.0, 60.0]] * 50])
+    for raters, share in ((1, 1.0), (2, 0.5), (3, 2 / 3), (4, 0.5)):
+        pairs = labelled([[0.0, 0.0]] * 50, raters=raters, seen=seen)
+        first = [p.chosen == "story 0" for p in pairs]
+        votes = [
+            p.votes_chosen if a else p.votes - p.votes_chosen
+            for p, a in zip(pairs, first, strict=True)
+        ]
+        assert {v / raters for v in votes} == {share}
+        p, known = label_probabilities(pairs, PreferencesConfig(raters=raters))
+        assert known
+        np.testing.assert_allclose(p, [share if a else 1 - share for a in first], atol=1e-12)
+        assert pairs_from(json.loads(json.dumps(rows_of(pairs))), "train.jsonl") == pairs
+
+
+@pytest.mark.parametrize("band", [0.0, 0.8])
+def test_the_share_of_votes_is_the_mean_over_the_raters_that_cast_them(band):
+    """Each by Rao and Kupper of their own gap, with flips; three have five votes, 2, 2 and 1."""
+    count, gaps, flip = 3000, (1.5, -0.4, -2.0), 0.1
+    seen = np.array([[[gap, 0.0]] * count for gap in gaps])
+    dials = {"raters": 5, "tie_band": band, "flip_rate": flip}
+    pairs = labelled([[9.0, 0.0]] * count, seen=seen, **dials)
+    means, variance = [], 0.0
+    for gap in (gaps * 2)[:5]:
+        win, loss = sigmoid(gap - band), sigmoid(-gap - band)
+        win, loss = (1 - flip) * win + flip * loss, (1 - flip) * loss + flip * win
+        means.append(win + (1 - win - loss) / 2)
+        variance += win + (1 - win - loss) / 4 - means[-1] ** 2
+    shares = [
+        (p.votes_chosen if p.chosen == "story 0" else p.votes - p.votes_chosen) / p.votes
+        for p in pairs
+    ]
+    error = math.sqrt(variance / count) / 5
+    assert abs(np.mean(shares) - np.mean(means)) < 4.5 * error
+    assert error < 0.005
+    p, _ = label_probabilities(pairs[:1], PreferencesConfig(**dials))
+    expected = np.mean(means) if pairs[0].chosen == "story 0" else 1 - np.mean(means)
+    np.testing.assert_allclose(p, [expected])
+
+
+def test_what_one_rater_saw_is_read_of_older_files_too():
+    gold = {"gold_chosen": 1.0, "gold_rejected": 0.0}
+    (pair,) = pairs_from([GOOD | gold | {"seen_chosen": 0.5, "seen_rejected": 2.0}], "train.jsonl")
+    p, known = label_probabilities([pair, pair._replace(seen_gaps=None)], PreferencesConfig())
+    assert known
+    np.testing.assert_allclose(p, [sigmoid(-1.5), sigmoid(1.0)])
+
+
+@pytest.mark.parametrize("gaps", [[], [1.0, None], [math.nan], 1.0, "a"])
+def test_gaps_that_are_no_numbers_are_named(gaps):
+    with pytest.raises(UserError, match="'seen_gaps' must be a list of finite") as refused:
+        pairs_from([GOOD, GOOD | {"seen_gaps": gaps}], "train.jsonl")
+    assert refused.value.where == "train.jsonl:2"
+
+
 def test_coverage_is_the_share_of_pairs_that_is_labelled():
     pairs = labelled([[0.0, 1.0, 2.0, 3.0]] * 500, coverage=0.3)
     assert within(len(pairs), 0.3 * 3000, 3000)
