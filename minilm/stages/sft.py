@@ -31,12 +31,8 @@ def sft(ws: Workspace) -> dict:
     """Trains the pretrained model on the examples. Returns the stage's summary."""
     config, seed = ws.config.sft, ws.config.seed
     examples = examples_of(ws.config)
-    order = np.random.default_rng((seed, 11)).permutation(len(examples))
-    count = min(max(1, round(config.held_out * len(examples))), len(examples) - 1)
-    held_out, train = (
-        packed([examples[i] for i in part], ws.tokenizer, config.sequence_length)
-        for part in (order[:count], order[count:])
-    )
+    held, rest = split(examples, config.held_out, np.random.default_rng((seed, 11)))
+    held_out, train = (packed(x, ws.tokenizer, config.sequence_length) for x in (held, rest))
     steps = -(-len(train) * config.epochs // config.batch_size)
     optimizer = make_optimizer(config.optimizer, steps)
     objective, balancing = configured(LANGUAGE, "sft", ws.config, steps), ws.config.balance
@@ -87,8 +83,8 @@ def sft(ws: Workspace) -> dict:
     )
     before = evaluate(init_state(ws.load("pretrain", scalar_head=False), optimizer))
     return {
-        "examples": len(examples) - count,
-        "held_out_examples": count,
+        "examples": len(rest),
+        "held_out_examples": len(held),
         "validation_loss_before": before["validation_loss"],
         **evaluate(state),
         "seconds": record["seconds"],
@@ -110,6 +106,28 @@ def examples_of(config: Config) -> list[tuple[str, str]]:
         problem = "one part of the examples is trained on and one held out"
         raise UserError(problem, where=path, value=len(examples), allowed="at least 2 examples")
     return examples
+
+
+def split(
+    examples: list[tuple[str, str]], share: float, rng: np.random.Generator
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Held-out examples and the others, of two or more: no prompt is in both, neither is empty.
+
+    An example without a prompt counts as one of its own, and so does each where all have the same.
+
+    Args:
+      share: of the prompts that is held out.
+    """
+    groups: dict[object, list[tuple[str, str]]] = {}
+    several = len({prompt for prompt, _ in examples}) > 1
+    for number, (prompt, completion) in enumerate(examples):
+        group = prompt if prompt and several else number
+        groups.setdefault(group, []).append((prompt, completion))
+    asked = list(groups.values())
+    order = rng.permutation(len(asked))
+    count = min(max(1, round(share * len(asked))), len(asked) - 1)
+    held_out, rest = ([e for i in p for e in asked[i]] for p in (order[:count], order[count:]))
+    return held_out, rest
 
 
 def packed(examples: list[tuple[str, str]], tokenizer: Tokenizer, length: int) -> np.ndarray:

@@ -45,6 +45,33 @@ def test_an_example_longer_than_a_row_is_learnt_in_windows():
     assert batch.weights.sum() == 31  # every token of the completion once, and the end
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_prompt_is_learnt_from_and_held_out(seed):
+    """By row, four of five prompts with three answers each were in both parts."""
+    asked = [(f"ask {n % 10}", f"answer {n}") for n in range(30)]
+    alone = [("", f"text {n}") for n in range(10)]
+    held, rest = s.split([*asked, *alone], 0.2, np.random.default_rng(seed))
+    assert sorted([*held, *rest]) == sorted([*asked, *alone])
+    prompts = [{p for p, _ in part if p} for part in (held, rest)]
+    assert not prompts[0] & prompts[1]
+    texts = sum(not p for p, _ in held)
+    assert len(prompts[0]) + texts == 4  # a fifth of ten prompts and ten texts
+    assert len(held) == 3 * len(prompts[0]) + texts
+
+
+def test_texts_without_prompts_land_in_both_parts():
+    held, rest = s.split([("", str(n)) for n in range(10)], 0.3, np.random.default_rng(0))
+    assert (len(held), len(rest)) == (3, 7)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_examples_of_one_prompt_are_split_among_themselves_and_neither_part_is_empty(share):
+    examples = [("Tell a story:", str(n)) for n in range(9)]
+    held, rest = s.split(examples, share, np.random.default_rng(0))
+    assert sorted([*held, *rest]) == examples
+    assert min(len(held), len(rest)) == 1
+
+
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> list[dict]:
     texts = [story.text for story in stories(3, 40, size="small")]
