@@ -287,9 +287,6 @@ def score_texts(
     return batched(functools.partial(_scores, model), right_pad(rows, len(rows), width), batch_size)
 
 
-_scores = jax.jit(sequence_score)
-
-
 def mean_scores(
     members: Sequence[Transformer],
     tokenizer: Tokenizer,
