@@ -189,6 +189,12 @@ def generate_command(
         sys.stderr.write(f"minilm: an unfinished model, step {step} of {steps}\n")
     dials: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     dials |= {"top_k": top_k, "top_p": top_p}
+    known = run.config.pretrain.sequence_length
+    if (longest := max(len(run.tokenizer.encode(p)) for p in prompts)) >= known:
+        sys.stderr.write(
+            f"minilm: a prompt of {longest:,} tokens; the model was trained on rows of {known:,}, "
+            "so what follows may be noise\n"
+        )
     for prompt in prompts:
         for number in range(count):
             print(prompt, end="", flush=True)

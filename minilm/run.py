@@ -54,7 +54,8 @@ def run(
         if name is not None:
             choose(dict.fromkeys(NAMES), name, option)
     if init is not None and not (stage_folder(init, "pretrain") / "done.json").exists():
-        raise UserError("no finished pretrained model there", where="--init", value=str(init))
+        hint = f"the folder of a run whose pretraining is done; looked in {init.resolve()}"
+        raise UserError("no finished pretrained model there", where="--init", hint=hint)
     if config.parallel.coordinator is not None:
         out = _joined(config, out, until, only)
     borrowed = ("pretrain",) if init else ()
@@ -128,7 +129,8 @@ def _run_locked(config, place: Place, until, redo, only) -> None:
                 raise UserError(
                     f"{stage.name} needs the result of {need}, which is not there",
                     where=folder,
-                    hint=f"run `minilm {need} CONFIG` first, or `minilm run CONFIG`",
+                    hint=f"`minilm {need} CONFIG` or `minilm run CONFIG` makes it; "
+                    "--init RUN takes that of a finished run",
                 )
     plan = {}
     # Those built on too: a finished one that was made from other config is refused.

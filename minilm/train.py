@@ -195,7 +195,8 @@ def fit(
             kept = checkpoint.keep_best(checkpoints, made) if parallel.is_first() else None
             state = parallel.read_by_first(state, lambda like: _restored(kept, like))
             (last,) = parallel.said_by_first(checkpoint.metadata(kept)["step"] if kept else 0)
-            progress.note(f"{title}: stopped at step {made}, back to the best, step {last}")
+            back = "" if last == made else f", back to the best, step {last}"
+            progress.note(f"{title}: stopped at step {made}{back}")
     record = {"seconds": seconds, **evaluations.get(last, {})}
     if tokens_before and seconds:
         record["tokens_per_second"] = tokens(made) / seconds

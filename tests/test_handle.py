@@ -115,6 +115,15 @@ def test_the_command_prints_prompt_and_completion(tiny_run, processes):
     assert first.output == second.output
 
 
+def test_a_prompt_longer_than_anything_trained_on_is_told(tiny_run, capsys):
+    words = ["generate", str(tiny_run), "--max-new-tokens", "1", "--prompt"]
+    assert cli.main([*words, "A fox"]) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.main([*words, "A fox ran. " * 60]) == 0
+    said = capsys.readouterr().err
+    assert "the model was trained on rows of 96, so what follows may be noise" in said
+
+
 def test_each_prompt_is_scored_with_one_completion(run):
     with pytest.raises(UserError, match="2 prompts, 1 completions"):
         run.score(["A fox", "A hen"], [" ran."])

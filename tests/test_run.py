@@ -282,6 +282,9 @@ def test_a_users_own_pairs_without_a_judge_serve_to_the_end(tiny, tiny_run, tmp_
     assert summary["preferences"]["pairs"] + summary["preferences"]["held_out_pairs"] == 24
     assert summary["preferences"]["bayes_accuracy"] is None
     assert summary["reward"]["pairs_left_out"] == 0
+    count = summary["preferences"]["held_out_pairs"]
+    points = round(196 * (0.25 / count) ** 0.5)
+    assert f"{count} held-out pairs: they tell an accuracy to ±{points} points" in done.output
     assert 0 <= summary["reward"]["accuracy"] <= 1
     assert summary["rlhf"]["gold_win_rate"] is None
     assert summary["rlhf"]["kl"] > 0

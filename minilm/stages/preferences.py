@@ -24,6 +24,8 @@ from minilm.text.preferences import (
 )
 from minilm.text.prompts import prompt_sets
 
+FEW = 400  # held-out pairs tell an accuracy to ±5 points
+
 
 def preferences(ws: Workspace) -> dict:
     """Writes train.jsonl, held_out.jsonl (split by prompt) and datasheet.json."""
@@ -41,6 +43,10 @@ def preferences(ws: Workspace) -> dict:
     held = {prompts[i] for i in order[:count]}
     train = [p for p in pairs if p.prompt not in held][: config.max_pairs]
     held_out = [p for p in pairs if p.prompt in held]
+    if len(held_out) < FEW:
+        points = 98 / len(held_out) ** 0.5  # 1.96 · 0.5 / √n
+        text = f"{len(held_out)} held-out pairs: they tell an accuracy to ±{min(points, 50):.0f} "
+        Console().print(f"preferences: {text}points at best; docs/evaluation.md has a curve")
     folder = ws.stage("preferences")
     write_jsonl(folder / "train.jsonl", rows_of(train))
     write_jsonl(folder / "held_out.jsonl", rows_of(held_out))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from rich.console import Console
 
 from minilm.errors import UserError
 from minilm.files import read_json, write_json
@@ -98,6 +99,10 @@ def reward(ws: Workspace) -> dict:
     members, seconds, left_out = [], 0.0, 0
     for number, folder in enumerate(member_folders(ws.stage("reward"), ws.config.reward.members)):
         batches = Pairs(ws, pairs, number)
+        if not number and (batches.left_out or unread):
+            text = f"reward: {batches.left_out} of {len(pairs)} pairs to train on and {unread} of "
+            text += f"{len(held_out) + unread} held out are longer than reward.max_tokens = "
+            Console().print(f"{text}{ws.config.reward.max_tokens}, and left out")
         model, taken = _train(ws, batches, number, folder)
         members, seconds, left_out = [*members, model], seconds + taken, batches.left_out
         evaluation, scores = evaluate([model], held_out, ws)

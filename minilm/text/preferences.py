@@ -150,7 +150,9 @@ def fitting(
     found = [pair for pair in pairs if length(pair) <= max_tokens]
     if not found:
         problem = f"all {len(pairs)} {what} are longer than the limit"
-        raise UserError(problem, where="reward.max_tokens", value=max_tokens)
+        hint = f"the shortest has {min(map(length, pairs))} tokens, the longest "
+        hint += f"{max(map(length, pairs))}"
+        raise UserError(problem, where="reward.max_tokens", value=max_tokens, hint=hint)
     return found
 
 

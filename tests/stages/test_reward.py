@@ -301,13 +301,16 @@ def space(ws: Workspace, **sections) -> Workspace:
     return Workspace(Config.model_validate(sections), ws.out, None, "float32")
 
 
-def test_held_out_pairs_are_left_out_as_training_ones_are(ws, monkeypatch):
+def test_held_out_pairs_are_left_out_as_training_ones_are(ws, monkeypatch, capsys):
     """Cut, "cc c" with "efgefg" would be another text, or the one that it is held against."""
     monkeypatch.setattr(r, "_train", lambda *args: (MODEL, 0.0))
     found = r.reward(space(ws, reward={"max_tokens": 8}))
     assert (found["held_out_pairs"], found["held_out_left_out"]) == (5, 1)
     assert found["pairs_left_out"] == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 6 pairs to train on and 1 of 6 held out are longer than reward.max_tokens" in said
     everything = r.reward(space(ws, reward={"max_tokens": 32}))
+    assert "left out" not in capsys.readouterr().out
     assert (everything["held_out_pairs"], everything["held_out_left_out"]) == (6, 0)
     with pytest.raises(UserError, match="all 6 held-out pairs are longer"):
         r.reward(space(ws, reward={"max_tokens": 4}))

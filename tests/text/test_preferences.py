@@ -304,6 +304,9 @@ def test_a_pair_fits_with_the_tokens_that_begin_and_end_its_texts():
     pairs = [Pair("ab", "c", "def"), Pair("ab", "cdef", "c"), Pair("ab", "c", "defg")]
     assert fitting(pairs, tokenizer, 7) == pairs[:1]
     assert fitting(pairs, tokenizer, 8) == pairs
+    with pytest.raises(UserError, match="all 3 pairs are longer") as caught:
+        fitting(pairs, tokenizer, 6)
+    assert "the shortest has 7 tokens, the longest 8" in str(caught.value)
     with pytest.raises(UserError, match="all 3 held-out pairs are longer") as refused:
         fitting(pairs, tokenizer, 6, "held-out pairs")
     assert refused.value.where == "reward.max_tokens"
