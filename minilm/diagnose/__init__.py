@@ -1,6 +1,7 @@
 """What a run's curves say: verdicts with evidence, confidence, remedy and the next command."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from minilm.diagnose.fits import best_step, should_stop
 from minilm.diagnose.frame import Evidence, Finding, Verdict
 from minilm.diagnose.remedies import REMEDIES
 from minilm.errors import UserError
+from minilm.files import init_of, read_json
 from minilm.pipeline import STAGES
 
 __all__ = [
@@ -129,8 +131,19 @@ def _verdict(name: str, found: Finding, curves: Curves, stage: str, config: str)
     first = next((row.name for row in STAGES if changed & {*row.sections}), known)
     command = re.sub(r"--redo \w+", f"--redo {first}", command)
     if config != "CONFIG" and command.startswith("minilm run "):
-        command += f" --out {words['run']}"  # else a new folder would be named after config.toml
+        command = _in_place(command, Path(words["run"]), first)
     return Verdict(name, found.confidence, found.evidence, remedy.text, command, stage)
+
+
+def _in_place(command: str, run: Path, first: str) -> str:
+    """The command for a run's own folder, with the run that it takes its earlier stages from."""
+    command += f" --out {run}"  # else a new folder would be named after config.toml
+    if first == "pretrain" or (init := init_of(run)) is None:
+        return command
+    lent = read_json(run / "environment.json").get("borrowed", ())
+    if first == "rlhf" and "reward" in lent:  # `minilm run` would make a reward model of its own
+        command = command.replace("minilm run ", "minilm rlhf ", 1)
+    return f"{command} --init {os.path.relpath(init)}"
 
 
 def _settings(config: str, stage: str) -> Any:

@@ -55,6 +55,24 @@ def test_a_run_that_is_mended_stays_in_its_folder(run):
     assert command.endswith(f"--out {run}")
 
 
+def test_a_run_that_started_from_another_is_mended_from_there(run, monkeypatch):
+    """`minilm run` without --init would pretrain anew; where a reward model was lent, make one."""
+    base = run.with_name("base")
+    base.mkdir()
+    monkeypatch.chdir(run.parent)
+    told = {"init": "base", "init_from_here": "../base", "borrowed": ["pretrain"]}
+    (run / "environment.json").write_text(json.dumps(told))
+    command = d.diagnose(run / "reward")[0].command
+    assert command.startswith(f"minilm run {run / 'config.toml'} --redo reward ")
+    assert command.endswith(f" --out {run} --init base")
+    write(run / "rlhf", [1.0, 1.0, 1.0, 30.0, 60.0, 90.0])
+    told["borrowed"] = ["pretrain", "preferences", "reward"]
+    (run / "environment.json").write_text(json.dumps(told))
+    command = next(v.command for v in d.diagnose(run / "rlhf") if "--redo" in v.command)
+    assert command.startswith(f"minilm rlhf {run / 'config.toml'} --redo rlhf ")
+    assert command.endswith(f" --out {run} --init base")
+
+
 def test_records_and_their_file_give_the_same_verdicts(run):
     rows = [json.loads(x) for x in (run / "reward/metrics.jsonl").read_text().splitlines()]
     from_file = d.diagnose(run / "reward")[0]
