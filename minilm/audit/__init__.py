@@ -52,7 +52,9 @@ def audit(run: Path) -> Audit:
     if not stages:
         raise UserError("no stage is finished there", where=run, hint="minilm run CONFIG")
     cards, checks = [], [*environment_checks(ws)]
-    for stage in stages:
+    progress = Console(stderr=True, soft_wrap=True)
+    for stage in stages:  # a minute or more each
+        progress.print(f"audit: checks of {stage}", markup=False)
         card, found = audit_stage(ws, stage)
         cards += card
         checks += found
