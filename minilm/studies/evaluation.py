@@ -135,7 +135,9 @@ def compare(
             rate = comparison.against_reference(gold, reference)
             row |= {"gold": float(gold.mean()), "gold_win_rate": rate._asdict()}
             golds[arm] = gold
-            if (pool := pools[runs[0]]) is not None:
+            pool, asked = pools[runs[0]], scored[0][0].prompts
+            # Runs that share a reward model need not share their evaluation prompts.
+            if pool and (drawn := pool.prompts[:: report_card.SAMPLES]) == asked[: len(drawn)]:
                 row["best_of_n"] = _best_of_n(row["kl"], gold, reference[0], pool)
         if all("parse_share" in f for f in figures):
             row["parse_share"] = float(np.mean([f["parse_share"] for f in figures]))
