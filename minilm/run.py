@@ -319,15 +319,13 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
 
 
 def _check_same_world(config: Config, init: Path) -> None:
-    """The pretrained model's corpus, tokenizer and shape must be this config's."""
+    """The pretrained model's corpus, with its files, tokenizer and shape must be this config's."""
     names = ("seed", "corpus", "tokenizer", "model")
-    stored = read_json(stage_folder(init, "pretrain") / "done.json")["sections"]
-    if keys := _changed(stored, config, names):
-        raise UserError(
-            f"the pretrained model there was made with other settings: {', '.join(keys)}",
-            where="--init",
-            value=str(init),
-        )
+    stored = read_json(stage_folder(init, "pretrain") / "done.json")
+    keys, files = _changed(stored["sections"], config, names), _files_read("pretrain", config)
+    if keys := keys + [path for path in files if files[path] != stored["inputs"].get(path)]:
+        problem = f"the pretrained model there was made with other settings: {', '.join(keys)}"
+        raise UserError(problem, where="--init", value=str(init))
 
 
 def _set_aside(out: Path, name: str) -> None:

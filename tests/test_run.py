@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from minilm import checkpoint, cli, metrics, run
-from minilm.configfile import load
+from minilm.configfile import load, sections
+from minilm.errors import UserError
+from minilm.files import sha256
 from minilm.stages.workspace import Workspace
 from minilm.text.fables import stories
 from minilm.text.prompts import prompt_sets
@@ -245,6 +247,22 @@ def test_init_from_another_world_is_refused_by_key(tiny, tiny_run, tmp_path, pro
     done = processes("run", tiny, "--out", tmp_path / "run", *words)
     assert done.code == 2
     assert "corpus.size, model.num_layers" in done.output
+
+
+def test_init_whose_text_has_changed_since_is_refused(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time")
+    config = load(tiny, ["--corpus.kind", "text", "--corpus.files", str(text)])
+    (tmp_path / "init" / "pretrain").mkdir(parents=True)
+    made_from = {
+        "sections": sections(config, ("seed", "corpus", "tokenizer", "model")),
+        "inputs": {str(text): sha256(text)[:16]},
+    }
+    (tmp_path / "init" / "pretrain" / "done.json").write_text(json.dumps(made_from))
+    for words, problem in (("once upon a time", "nothing to do"), ("another", "text.txt")):
+        text.write_text(words)
+        with pytest.raises(UserError, match=problem):
+            run.run(config, tmp_path / "run", init=tmp_path / "init", only="pretrain")
 
 
 @pytest.mark.parametrize(
