@@ -208,7 +208,7 @@ class SFTConfig(SupervisedConfig):
     file: str | None = None  # JSON Lines: prompt and completion, messages, or text
     epochs: Positive = 1
     sequence_length: Annotated[int, Field(ge=8)] = 256  # examples are packed into such rows
-    held_out: Share = 0.1  # of the prompts; an example without one is its own
+    held_out: Share = 0.1  # of the examples, by whole prompts
 
 
 class PromptsConfig(Section):

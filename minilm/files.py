@@ -90,6 +90,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digests(paths: Iterable[str]) -> dict[str, str]:
+    """The beginning of each file's SHA-256; a missing file has none, for who reads it to tell.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+    found = {}
+    for path in paths:
+        try:
+            found[path] = sha256(Path(path))[:16]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot read: {error.strerror}", where=path) from error
+    return found
+
+
 def stage_folder(run: Path, name: str) -> Path:
     """A stage, or a file, of a run: in its folder, or in that of the run it started from."""
     init = init_of(run)

@@ -13,7 +13,7 @@ import numpy as np
 from minilm import backend, checkpoint, metrics
 from minilm.config import BackendConfig, Config
 from minilm.errors import UserError
-from minilm.files import read_json, read_jsonl, write_jsonl
+from minilm.files import read_json, read_jsonl, stage_folder, write_jsonl
 from minilm.generate import stream
 from minilm.model import Transformer
 from minilm.rewards import RewardModel
@@ -170,6 +170,16 @@ def _configure(path: Path) -> None:
     backend.configure(BackendConfig(), stored.get("choice"))
 
 
+def _row_length(run: Run) -> int:
+    """Tokens of the longest rows that the run's language model has learnt on; 0: nobody knows."""
+    home, lengths = run.checkpoint.parents[2], []
+    for stage in ("pretrain", "sft"):  # perhaps another run's, with settings of its own
+        stored = read_json(stage_folder(home, stage) / "done.json").get("sections", {})
+        lengths.append(stored.get(stage, {}).get("sequence_length", 0))
+    own = run.metadata.get("config", {}).get("pretrain", {})
+    return max(lengths) or own.get("sequence_length", 0)
+
+
 def generate_command(
     path: Path,
     prompts: list[str],
@@ -189,8 +199,8 @@ def generate_command(
         sys.stderr.write(f"minilm: an unfinished model, step {step} of {steps}\n")
     dials: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     dials |= {"top_k": top_k, "top_p": top_p}
-    known = run.config.pretrain.sequence_length
-    if (longest := max(len(run.tokenizer.encode(p)) for p in prompts)) >= known:
+    known, longest = _row_length(run), max(len(run.tokenizer.encode(p)) for p in prompts)
+    if 0 < known <= longest:
         sys.stderr.write(
             f"minilm: a prompt of {longest:,} tokens; the model was trained on rows of {known:,}, "
             "so what follows may be noise\n"

@@ -21,7 +21,7 @@ from minilm import backend, configfile
 from minilm.choices import choose, imported
 from minilm.config import Config
 from minilm.errors import UserError
-from minilm.files import read_json, sha256, stage_folder, write_atomically, write_json
+from minilm.files import digests, read_json, stage_folder, write_atomically, write_json
 from minilm.pipeline import NAMES, Stage, stages_of
 
 console = Console(soft_wrap=True)
@@ -304,26 +304,25 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
         from minilm.text.corpora import matches
 
         paths += sorted({str(p) for pattern in config.corpus.files for p in matches(pattern)})
-    elif not paths and stage in ("preferences", "rlhf") and ":" in config.judge.name:
-        imported(config.judge.name, "judge.name")
-        module = sys.modules[config.judge.name.partition(":")[0]]
-        paths = [module.__file__] if module.__file__ else []
-    digests = {}
-    for path in paths:
-        try:
-            digests[path] = sha256(Path(path))[:16]
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):  # which is told by who reads it
-                raise UserError(f"cannot read: {error.strerror}", where=path) from error
-    return digests
+    elif not paths and stage in ("preferences", "rlhf"):
+        judges = {"judge.name": config.judge.name}
+        if stage == "preferences":
+            judges["preferences.rater_judge"] = config.preferences.rater_judge or ""
+        for key, name in judges.items():
+            if ":" in name:
+                imported(name, key)
+                paths += [sys.modules[name.partition(":")[0]].__file__ or ""]
+    return digests(paths)
 
 
 def _check_same_world(config: Config, init: Path) -> None:
     """The pretrained model's corpus, with its files, tokenizer and shape must be this config's."""
     names = ("seed", "corpus", "tokenizer", "model")
     stored = read_json(stage_folder(init, "pretrain") / "done.json")
-    keys, files = _changed(stored["sections"], config, names), _files_read("pretrain", config)
-    if keys := keys + [path for path in files if files[path] != stored["inputs"].get(path)]:
+    keys = _changed(stored["sections"], config, names)
+    with contextlib.suppress(UserError):  # no such text here: only `rlhf.ptx_coef` reads it again
+        keys += configfile.changed_keys(stored["inputs"], _files_read("pretrain", config))
+    if keys:
         problem = f"the pretrained model there was made with other settings: {', '.join(keys)}"
         raise UserError(problem, where="--init", value=str(init))
 
@@ -342,13 +341,14 @@ def _environment(config: Config, place: Place) -> dict:
     path = place.out / "environment.json"
     first = read_json(path).get("choice")
     choice = backend.configure(config.backend, first)
+    init = place.init and place.init.resolve()  # `..` goes by where a link leads
     environment = {
         # The first stays: a process in which JAX had started before it was asked had no choice.
         "choice": first or choice._asdict(),
         **choice._asdict(),
         **backend.facts(),
         "init": str(place.init) if place.init else None,
-        "init_from_here": os.path.relpath(place.init, place.out) if place.init else None,
+        "init_from_here": init and os.path.relpath(init, place.out.resolve()),
         "borrowed": place.borrowed,
         "matmul_gflops": backend.matmul_rate(choice.compute_dtype),
     }
@@ -390,6 +390,7 @@ def _share_done(folder: Path) -> float:
 
 def _print_summary(summary: dict) -> None:
     table = Table("stage", "figure", Column("value", justify="right"), title="results")
+    table.caption = "docs/metrics.md says what each is"
     for stage in NAMES:
         for key, value in (summary.get(stage) or {}).items():
             if value is not None:

@@ -1,6 +1,5 @@
 """What every test runs under: checked shapes, no silent promotion, no network."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -130,6 +129,14 @@ def compiled(shared) -> Path:
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared / "compiled")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiling_once(compiled) -> None:
+    """Every test takes programs from there, and leaves its own."""
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    for name, value in CACHE.items():
+        jax.config.update(name.lower(), int(value))
+
+
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory, compiled) -> Iterator[Processes]:
     """Commands in processes of their own."""
@@ -151,39 +158,16 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(shared, tiny, compiled, processes) -> Path:
+def tiny_run(shared, tiny, processes) -> Path:
     """One uninterrupted run of tests/tiny.toml. To be read, not written."""
     from minilm import cli
 
     out = shared / "tiny" / "run"
-    with cached_programs(compiled), (shared / "tiny.lock").open("w") as lock:
+    with (shared / "tiny.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # made by the first who asks for it
         code = cli.main(["run", str(tiny), "--out", str(out)])
     assert code == 0
     return out
-
-
-@contextlib.contextmanager
-def cached_programs(folder: Path) -> Iterator[None]:
-    """This process keeps compiled programs in a folder, and takes them from there."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    options = {"jax_compilation_cache_dir": str(folder)}
-    options |= {name.lower(): int(value) for name, value in CACHE.items()}
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # else the folder of the first compilation stays
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def compiling_once(compiled) -> Iterator[None]:
-    with cached_programs(compiled):
-        yield
 
 
 @pytest.fixture(scope="session")

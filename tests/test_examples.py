@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
-pytestmark = pytest.mark.usefixtures("compiling_once")
 NAMES = ("electricity", "fraud", "houses", "loans", "sentiment")
 
 

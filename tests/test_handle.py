@@ -11,6 +11,7 @@ import minilm
 from minilm import Run, checkpoint, cli
 from minilm.configfile import load
 from minilm.errors import UserError
+from minilm.files import write_json
 from minilm.model import sequence_score
 from minilm.stages.reward import encode, load_normalization
 from minilm.stages.workspace import load_model
@@ -122,6 +123,13 @@ def test_a_prompt_longer_than_anything_trained_on_is_told(tiny_run, capsys):
     assert cli.main([*words, "A fox ran. " * 60]) == 0
     said = capsys.readouterr().err
     assert "the model was trained on rows of 96, so what follows may be noise" in said
+
+
+def test_rows_that_fine_tuning_learnt_from_count_too(tiny_copy, capsys):
+    write_json(tiny_copy / "sft" / "done.json", {"sections": {"sft": {"sequence_length": 4096}}})
+    words = ["generate", str(tiny_copy), "--max-new-tokens", "1", "--prompt"]
+    assert cli.main([*words, "A fox ran. " * 60]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_each_prompt_is_scored_with_one_completion(run):

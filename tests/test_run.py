@@ -259,10 +259,25 @@ def test_init_whose_text_has_changed_since_is_refused(tiny, tmp_path):
         "inputs": {str(text): sha256(text)[:16]},
     }
     (tmp_path / "init" / "pretrain" / "done.json").write_text(json.dumps(made_from))
-    for words, problem in (("once upon a time", "nothing to do"), ("another", "text.txt")):
-        text.write_text(words)
+    cases = ("once upon a time", "nothing to do"), ("another", "text.txt"), ("", "nothing to do")
+    for words, problem in cases:  # where the text is not at hand, the model serves all the same
+        text.write_text(words) if words else text.unlink()
         with pytest.raises(UserError, match=problem):
             run.run(config, tmp_path / "run", init=tmp_path / "init", only="pretrain")
+
+
+def test_a_judge_of_the_users_own_is_an_input_of_what_it_labels_and_pays(
+    tiny, tmp_path, monkeypatch
+):
+    path = tmp_path / "mine_twice.py"
+    path.write_text("def s(prompts, texts): return [0.0] * len(texts)")
+    monkeypatch.syspath_prepend(tmp_path)
+    read = {}
+    for key in ("judge.name", "preferences.rater-judge"):
+        config = load(tiny, [f"--{key}", "mine_twice:s"])
+        read[key] = [list(run._files_read(stage, config)) for stage in ("preferences", "rlhf")]
+    one = [str(path)]
+    assert read == {"judge.name": [one, one], "preferences.rater-judge": [one, []]}
 
 
 @pytest.mark.parametrize(
@@ -302,7 +317,7 @@ def test_a_users_own_pairs_without_a_judge_serve_to_the_end(tiny, tiny_run, tmp_
     assert summary["reward"]["pairs_left_out"] == 0
     count = summary["preferences"]["held_out_pairs"]
     points = round(196 * (0.25 / count) ** 0.5)
-    assert f"{count} held-out pairs: they tell an accuracy to ±{points} points" in done.output
+    assert f"{count} held-out pairs: they tell an accuracy to about ±{points} points" in done.output
     assert 0 <= summary["reward"]["accuracy"] <= 1
     assert summary["rlhf"]["gold_win_rate"] is None
     assert summary["rlhf"]["kl"] > 0

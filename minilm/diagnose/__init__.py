@@ -141,8 +141,9 @@ def _in_place(command: str, run: Path, first: str) -> str:
     if first == "pretrain" or (init := init_of(run)) is None:
         return command
     lent = read_json(run / "environment.json").get("borrowed", ())
-    if first == "rlhf" and "reward" in lent:  # `minilm run` would make a reward model of its own
-        command = command.replace("minilm run ", "minilm rlhf ", 1)
+    needed = {"rlhf": "reward", "reward": "preferences"}.get(first)
+    if needed in lent:  # `minilm run` would make its own
+        command = command.replace("minilm run ", f"minilm {first} ", 1)
     return f"{command} --init {os.path.relpath(init)}"
 
 

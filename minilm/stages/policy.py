@@ -11,7 +11,7 @@ import numpy as np
 from minilm.errors import UserError
 from minilm.files import write_jsonl
 from minilm.generate import Samples
-from minilm.judges import configured
+from minilm.judges import Judge, configured
 from minilm.losses.language import entropy, kl_divergence
 from minilm.model import Transformer, hidden_states, logits
 from minilm.rewards import RewardModel, learned_reward
@@ -39,10 +39,14 @@ class PolicyEvaluator:
 
     def __init__(self, ws: Workspace):
         self.ws = ws
-        self.judge = configured(ws.config)
         self.prompts = prompt_sets(ws.config, ws.tokenizer, ws.held_out())._asdict()
         self.reward_model = load_reward_model(ws)
         self.reference = ws.load(ws.base, scalar_head=False)
+
+    @functools.cached_property
+    def judge(self) -> Judge | None:
+        """Imported where it is read: an audit has no need of it, and may not find it."""
+        return configured(self.ws.config)
 
     @functools.cache  # noqa: B019  one evaluator a stage
     def references(self, prompt_set: str) -> Scored:

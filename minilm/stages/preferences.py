@@ -20,6 +20,7 @@ from minilm.text.preferences import (
     label_pairs,
     label_probabilities,
     pairs_from,
+    rater_agreement,
     rows_of,
 )
 from minilm.text.prompts import prompt_sets
@@ -44,9 +45,9 @@ def preferences(ws: Workspace) -> dict:
     train = [p for p in pairs if p.prompt not in held][: config.max_pairs]
     held_out = [p for p in pairs if p.prompt in held]
     if len(held_out) < FEW:
-        points = 98 / len(held_out) ** 0.5  # 1.96 · 0.5 / √n
-        text = f"{len(held_out)} held-out pairs: they tell an accuracy to ±{min(points, 50):.0f} "
-        Console().print(f"preferences: {text}points at best; docs/evaluation.md has a curve")
+        points = min(98 / len(held_out) ** 0.5, 50)  # 1.96 · 0.5 / √n
+        text = f"{len(held_out)} held-out pairs: they tell an accuracy to about ±{points:.0f} "
+        Console().print(f"preferences: {text}points")
     folder = ws.stage("preferences")
     write_jsonl(folder / "train.jsonl", rows_of(train))
     write_jsonl(folder / "held_out.jsonl", rows_of(held_out))
@@ -57,7 +58,8 @@ def preferences(ws: Workspace) -> dict:
 
 def describe(pairs: list[Pair], ws: Workspace) -> dict:
     """Bayes rates and agreement where the labels' probabilities are known, duplicates, biases."""
-    p, known = label_probabilities(pairs, ws.config.preferences)
+    config = ws.config.preferences
+    p, known = label_probabilities(pairs, config)
     accuracy, log_loss = bayes_rates(p) if known else (None, None)
     gold = [g for pair in pairs for g in (pair.gold_chosen, pair.gold_rejected) if g is not None]
     better = [
@@ -69,7 +71,7 @@ def describe(pairs: list[Pair], ws: Workspace) -> dict:
         "bayes_accuracy": accuracy,
         "bayes_log_loss": log_loss,
         "votes_agreement": float(np.mean([x.votes_chosen / x.votes for x in pairs])),
-        "expected_agreement": float((p**2 + (1 - p) ** 2).mean()) if known else None,
+        "expected_agreement": float(rater_agreement(pairs, config).mean()) if known else None,
         "duplicates": len(pairs) - len({(x.prompt, frozenset(x[1:3])) for x in pairs}),
         "ties": float(np.mean([2 * x.votes_chosen == x.votes for x in pairs])),
         "gold_chosen_better": float(np.mean(better)) if better else None,
@@ -104,6 +106,10 @@ def _seen(ws: Workspace, prompts: list[str], texts: list[str], gold: np.ndarray)
         return None
     judge = rater_judge(ws.config)
     seen = (gold if judge is None else judge(prompts, texts)).reshape(-1, *gold.shape)
+    if config.raters % len(seen):
+        text = f"{config.raters} votes a pair by {len(seen)} raters, so some have more than others"
+        hint = f"--preferences.raters {len(seen)} gives each as many"
+        Console().print(f"preferences: {text}; {hint}")
     words = np.array([len(text.split()) for text in texts], np.float64).reshape(gold.shape)
     return seen + config.length_bias * words
 

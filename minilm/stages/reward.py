@@ -281,15 +281,20 @@ def score_texts(
 ) -> np.ndarray:
     """Raw rewards [N], in batches of one shape; longer texts are cut before their end-of-text.
 
-    Without a limit all are read to their end: rotary positions have no last one. Batches of long
-    texts are smaller, since attention takes memory by the square of the length.
+    Without a limit all are read to their end: rotary positions have no last one. Then texts of like
+    length share a shape, and long ones come in small batches: attention's memory goes by length².
     """
     rows = [encode(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
     if max_tokens is not None:
         rows = [r if len(r) <= max_tokens else [*r[: max_tokens - 1], r[-1]] for r in rows]
-    width = _rounded(max(map(len, rows)))
-    batch_size = max(1, min(batch_size, ATTENDED // width**2))
-    return batched(functools.partial(_scores, model), right_pad(rows, len(rows), width), batch_size)
+    kinds = np.array([0 if max_tokens else len(row).bit_length() for row in rows])
+    scores = np.empty(len(rows), np.float32)
+    for places in (np.flatnonzero(kinds == kind) for kind in np.unique(kinds)):
+        width = _rounded(max(len(rows[i]) for i in places))
+        size = max(1, min(batch_size, ATTENDED // width**2))
+        padded = right_pad([rows[i] for i in places], len(places), width)
+        scores[places] = batched(functools.partial(_scores, model), padded, size)
+    return scores
 
 
 def mean_scores(

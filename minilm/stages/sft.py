@@ -111,22 +111,26 @@ def examples_of(config: Config) -> list[tuple[str, str]]:
 def split(
     examples: list[tuple[str, str]], share: float, rng: np.random.Generator
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Held-out examples and the others, of two or more: no prompt is in both, neither is empty.
+    """Held-out examples and the others, of two or more: neither is empty.
 
-    An example without a prompt counts as one of its own, and so does each where all have the same.
+    No prompt is in both, unless each has more examples than are to be held out: then they are split
+    one by one. An example without a prompt counts as one of its own.
 
     Args:
-      share: of the prompts that is held out.
+      share: of the examples that is held out, at most.
     """
     groups: dict[object, list[tuple[str, str]]] = {}
-    several = len({prompt for prompt, _ in examples}) > 1
     for number, (prompt, completion) in enumerate(examples):
-        group = prompt if prompt and several else number
-        groups.setdefault(group, []).append((prompt, completion))
+        groups.setdefault(prompt or number, []).append((prompt, completion))
+    count = min(max(1, round(share * len(examples))), len(examples) - 1)
     asked = list(groups.values())
-    order = rng.permutation(len(asked))
-    count = min(max(1, round(share * len(asked))), len(asked) - 1)
-    held_out, rest = ([e for i in p for e in asked[i]] for p in (order[:count], order[count:]))
+    if min(map(len, asked)) > count:
+        asked = [[e] for e in examples]
+    held_out: list[tuple[str, str]] = []
+    rest: list[tuple[str, str]] = []
+    for i in rng.permutation(len(asked)):
+        fits = len(held_out) + len(asked[i]) <= count
+        (held_out if fits else rest).extend(asked[i])
     return held_out, rest
 
 

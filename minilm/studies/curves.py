@@ -220,6 +220,7 @@ def best_of_n(
     with np.errstate(invalid="ignore"):
         log_weights = _log_choose(ranks - 1, n - 1) - _log_choose(count, n)
     weights = np.where(ranks >= n, np.exp(log_weights), 0.0)
+    weights = weights / weights.sum()  # 1 but for the rounding of the logarithms
     ordered = np.take_along_axis(values, np.argsort(proxy, axis=1, kind="stable"), axis=1)
     return ordered.astype(np.float64) @ weights
 

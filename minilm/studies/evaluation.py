@@ -56,14 +56,12 @@ def evaluate_command(runs: Sequence[Path], out: Path | None, *, as_json: bool) -
 
 def evaluate(spaces: dict[Path, Workspace], folder: Path, console: Console) -> dict[str, Any]:
     """The work of `minilm evaluate`; returns what card.json and comparison.json hold."""
-    cards, policies, pools = {}, {}, {}
+    cards, policies, pools = {}, {}, {}  # a pool: what best-of-n chooses from, of each run
     for number, (run, ws) in enumerate(spaces.items()):
         evaluator, reward = PolicyEvaluator(ws), _digest(ws)
         if reward not in cards:  # runs that share a reward model share its card
             console.print(f"{run}: report card of the reward model", markup=False)
-            pools[reward] = report_card.searched(evaluator)
-            found = report_card.card(ws, evaluator, pools[reward])
-            cards[reward] = {"run": str(run)} | found
+            cards[reward] = {"run": str(run)} | report_card.card(ws, evaluator)
             name = "card" if number == 0 else f"card_{number + 1}"
             write_json(folder / f"{name}.json", cards[reward])
             picture = report_card.draw(cards[reward], f"reward model of {run.name}")
@@ -71,12 +69,14 @@ def evaluate(spaces: dict[Path, Workspace], folder: Path, console: Console) -> d
         if (ws.stage("rlhf") / "done.json").exists():
             console.print(f"{run}: its policy on the evaluation prompts", markup=False)
             policies[run] = _policy(ws, evaluator)
+            if (key := paid(ws)) not in pools:
+                pools[key] = report_card.searched(evaluator, "evaluation")
             if len(policies) == 1:
                 page = completions(ws, evaluator)
                 write_atomically(folder / "completions.html", page.encode())
     out: dict[str, Any] = {"cards": list(cards.values())}
     if policies:
-        known = {run: pools[_digest(spaces[run])] for run in policies}
+        known = {run: pools[paid(spaces[run])] for run in policies}
         out["comparison"] = compare(spaces, policies, known)
         write_json(folder / "comparison.json", out["comparison"])
         arms = comparison.arms({run: spaces[run].config for run in policies})
@@ -88,6 +88,13 @@ def evaluate(spaces: dict[Path, Workspace], folder: Path, console: Console) -> d
 
 def _digest(ws: Workspace) -> str:
     return read_json(ws.stage("reward") / "done.json")["hash"]
+
+
+def paid(ws: Workspace) -> str:
+    """What decides which completions best-of-n has to choose from, and what each is worth."""
+    config = ws.config
+    dials = config.rlhf.ensemble, config.rlhf.ensemble_penalty, config.rlhf.missing_eos_score
+    return repr((config.seed, _digest(ws), config.prompts, config.judge, dials))
 
 
 def _policy(ws: Workspace, evaluator: PolicyEvaluator) -> tuple[Scored, Scored, dict[str, Any]]:
@@ -111,7 +118,8 @@ def compare(
     """Arms (runs alike but for seeds) with their win rates; pairs of arms on the same prompts.
 
     Args:
-      pools: for each run, what its reward model would choose the best of n from.
+      pools: for each run, what its reward model would choose the best of n from; of runs for which
+        it is not the same no best-of-n is told.
     """
     arms = comparison.arms({run: spaces[run].config for run in policies})
     rows, golds = {}, {}
@@ -135,10 +143,9 @@ def compare(
             rate = comparison.against_reference(gold, reference)
             row |= {"gold": float(gold.mean()), "gold_win_rate": rate._asdict()}
             golds[arm] = gold
-            pool, asked = pools[runs[0]], scored[0][0].prompts
-            # Runs that share a reward model need not share their evaluation prompts.
-            if pool and (drawn := pool.prompts[:: report_card.SAMPLES]) == asked[: len(drawn)]:
-                row["best_of_n"] = _best_of_n(row["kl"], gold, reference[0], pool)
+            pool = pools[runs[0]]
+            if pool and all(pools[run] is pool for run in runs):
+                row["best_of_n"] = _best_of_n(row["kl"], gold, reference, pool)
         if all("parse_share" in f for f in figures):
             row["parse_share"] = float(np.mean([f["parse_share"] for f in figures]))
             row["parse_share_before"] = float(
@@ -157,21 +164,28 @@ def compare(
 
 
 def _best_of_n(kl: float, gold: np.ndarray, reference: np.ndarray, pool: Scored) -> dict[str, Any]:
-    """What the same reward model gives without training, at no more KL than an arm of [S, P] gold.
+    """What the same reward model gives without training, at no more KL than an arm.
 
-    Its prompts are the first of the arm's.
+    Args:
+      gold: of the arm, [seeds, prompts].
+      reference: gold of the reference, [seeds, prompts, completions].
+      pool: completions of the first of these prompts.
+    Returns:
+      Figures of best-of-n, and under `arm_…` those of the arm, on the prompts of the pool.
     """
     told = np.asarray(pool.gold, np.float64).reshape(-1, report_card.SAMPLES)
     proxy, prompts = pool.proxy.astype(np.float64).reshape(told.shape), len(told)
-    n = most_n(kl, report_card.SAMPLES)
-    rate = comparison.best_of_n_wins(proxy, told, reference[:prompts], n)
-    lost = [comparison.best_of_n_wins(proxy, told, one[:prompts, None], n) for one in gold]
+    n, gold, reference = most_n(kl, report_card.SAMPLES), gold[:, :prompts], reference[:, :prompts]
+    rate = comparison.best_of_n_wins(proxy, told, reference[0], n)
+    lost = [comparison.best_of_n_wins(proxy, told, one[:, None], n) for one in gold]
     return {
         "n": n,
         "kl": best_of_n_kl(n),
         "prompts": prompts,
         "gold": float(best_of_n(proxy, told, n).mean()),
         "gold_win_rate": comparison.two_way_interval(rate[None])._asdict(),
+        "arm_gold": float(gold.mean()),
+        "arm_gold_win_rate": comparison.against_reference(gold, reference)._asdict(),
         "beaten": comparison.two_way_interval(1 - np.stack(lost))._asdict(),
     }
 
@@ -316,10 +330,11 @@ def _render_comparison(found: dict[str, Any]) -> list[Any]:
             parse = f"{row['parse_share_before']:.2f} → {row['parse_share']:.2f}"
         table.add_row(arm, str(len(row["runs"])), f"{row['kl']:.2f}", gold, told, parse)
         if plain := row.get("best_of_n"):
-            text = f"{arm}: beats the best of {plain['n']} by the same reward model "
-            text += f"({plain['kl']:.2f} nats, gold {plain['gold']:.2f}, win rate "
-            text += f"{_told(plain['gold_win_rate'])}) in {_told(plain['beaten'])}"
-            shown.append(text)
+            text = f"{arm}: on {plain['prompts']} prompts gold {plain['arm_gold']:.2f}, win rate "
+            text += f"{_told(plain['arm_gold_win_rate'])}; the best of {plain['n']} by the same "
+            text += f"reward model ({plain['kl']:.2f} nats) gold {plain['gold']:.2f}, win rate "
+            text += f"{_told(plain['gold_win_rate'])}; the policy beats it in "
+            shown.append(text + _told(plain["beaten"]))
         before, after = row["calibration"]["before"], row["calibration"]["after"]
         text = f"{arm}: calibration error on the corpus {before['ece']:.4f} → {after['ece']:.4f}"
         if after["kl_from_truth"] is not None:

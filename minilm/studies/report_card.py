@@ -31,24 +31,25 @@ PROMPTS, SAMPLES = 48, 64  # of the search by best-of-n: 3,072 completions
 TRAPS = 5  # examples shown
 
 
-def searched(evaluator: PolicyEvaluator) -> Scored | None:
-    """What best-of-n chooses from: the reference's completions of the first evaluation prompts.
+def searched(evaluator: PolicyEvaluator, prompt_set: str) -> Scored | None:
+    """What best-of-n chooses from: the reference's completions of the first prompts of a set.
 
     `SAMPLES` each, one prompt's beside each other; None where there is no judge to know gold by.
     """
     if evaluator.judge is None:
         return None
-    prompts = evaluator.prompts["evaluation"][:PROMPTS]
+    prompts = evaluator.prompts[prompt_set][:PROMPTS]
     repeated = [p for p in prompts for _ in range(SAMPLES)]
     return evaluator.score(evaluator.reference, repeated, seed=44)
 
 
-def card(ws: Workspace, evaluator: PolicyEvaluator, pool: Scored | None) -> dict[str, Any]:
+def card(ws: Workspace, evaluator: PolicyEvaluator) -> dict[str, Any]:
     """Everything that is known of a run's reward model, JSON-able.
+
+    Best-of-n searches the development prompts, since a KL budget may be set by what it finds.
 
     Args:
       evaluator: of the same run.
-      pool: what `searched` gives.
     Returns:
       `labels`: accuracy, log-loss, Brier score and ECE on held-out pairs beside what the best
       possible model has; `by_margin`, `by_length`: accuracy by gold and by length difference;
@@ -68,6 +69,7 @@ def card(ws: Workspace, evaluator: PolicyEvaluator, pool: Scored | None) -> dict
     }
     if all(x.gold_chosen is not None and x.gold_rejected is not None for x in held_out):
         out["by_margin"] = _by_margin(held_out, gap, ws)
+    pool = searched(evaluator, "development")
     if pool is None:
         return out
     out["correlations"] = correlations(pool)

@@ -113,8 +113,8 @@ def _rated_list(row: dict[str, Any], place: str) -> tuple[str, list[tuple[str, f
 
 
 def _rating(row: dict[str, Any], place: str) -> float:
-    if "rating" in row:
-        return _number(row["rating"], place)
+    if row.get("rating") is not None or "label" not in row:
+        return _number(row.get("rating"), place)
     if not isinstance(row["label"], bool):
         problem = "the label of a completion must be true (good) or false (bad)"
         raise UserError(problem, where=place, value=row["label"])

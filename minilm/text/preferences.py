@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,11 +115,32 @@ def label_probabilities(
     """
     if config.file or any(p.gold_chosen is None or p.gold_rejected is None for p in pairs):
         return np.array([p.votes_chosen / p.votes for p in pairs]), False
+    return _vote_mean(pairs, config, lambda p: p), True
+
+
+def rater_agreement(pairs: Sequence[Pair], config: PreferencesConfig) -> Float[np.ndarray, " N"]:
+    """P(two votes on a pair agree), of simulated raters; of a pair's only vote, with its like.
+
+    >>> told = {"gold_chosen": 1.0, "gold_rejected": 0.0, "seen_gaps": (9.0, -9.0)}
+    >>> pair = Pair("", "a", "b", 1, 2, **told)
+    >>> rater_agreement([pair], PreferencesConfig(raters=2)).round(3).tolist()
+    [0.0]
+    """
+    n = config.raters
+    p, squares = (_vote_mean(pairs, config, f) for f in (lambda p: p, np.square))
+    if n == 1:
+        return p**2 + (1 - p) ** 2
+    # Over ordered pairs of different votes: all pairs less those of a vote with itself.
+    return (n * (p**2 + (1 - p) ** 2) - squares - (1 - 2 * p + squares)) / (n - 1)
+
+
+def _vote_mean(pairs: Sequence[Pair], config: PreferencesConfig, of: Callable[[Any], Any]):
+    """Over the votes on each pair: the mean of of(P(this vote is for `chosen`)), [N]."""
     gaps = [p.seen_gaps or (p.gold_chosen - p.gold_rejected,) for p in pairs]  # pyright: ignore
     each = np.asarray(chosen_probability(np.concatenate(gaps), config))
     shares = np.concatenate([_votes(config, len(g)) for g in gaps]) / config.raters
     starts = np.cumsum([0, *map(len, gaps)])[:-1]
-    return np.add.reduceat(each * shares, starts), True
+    return np.add.reduceat(of(each) * shares, starts)
 
 
 def bayes_rates(p: Float[np.ndarray, " N"]) -> tuple[float, float]:

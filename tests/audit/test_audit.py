@@ -13,7 +13,7 @@ from minilm.terms import LOSS_OF, TERMS
 
 
 @pytest.fixture(scope="module")
-def found(tiny_run, compiling_once):
+def found(tiny_run):
     return audit(tiny_run)
 
 
@@ -64,7 +64,7 @@ def test_other_algorithms_pass_too(algorithm, tiny, tiny_copy, processes):
     assert done.code == 0, done.output
 
 
-def test_the_command_writes_and_tells_by_its_exit_code(tiny_copy, compiling_once, capsys):
+def test_the_command_writes_and_tells_by_its_exit_code(tiny_copy, capsys):
     (tiny_copy / "rlhf" / "metrics.jsonl").write_text("")
     assert cli.main(["audit", str(tiny_copy)]) == 1
     out = capsys.readouterr().out

@@ -286,7 +286,7 @@ IN_THE_FILES = (
 
 
 @pytest.mark.parametrize("name", CHEAP)
-def test_its_check_catches_it(name, tiny_run, compiling_once, monkeypatch):
+def test_its_check_catches_it(name, tiny_run, monkeypatch):
     mutant = MUTANTS[name]
     (check,) = (c for n, c in CHECKS[mutant.stage].items() if n.startswith(mutant.caught_by))
     mutant.inject(monkeypatch, tiny_run)
@@ -324,7 +324,5 @@ def learnt_run(tiny, shared, processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_audit_catches_it_in_a_model_that_has_learnt(
-    name, learnt_run, tmp_path, compiling_once, monkeypatch
-):
+def test_the_audit_catches_it_in_a_model_that_has_learnt(name, learnt_run, tmp_path, monkeypatch):
     catches(name, shutil.copytree(learnt_run, tmp_path / "run"), monkeypatch)

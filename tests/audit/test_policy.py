@@ -13,7 +13,7 @@ from minilm.stages.workspace import open_run
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_run, compiling_once):
+def setting(tiny_run):
     return of_rlhf(open_run(tiny_run))
 
 

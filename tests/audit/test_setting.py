@@ -15,7 +15,7 @@ from minilm.stages.workspace import open_run
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_run, compiling_once):
+def settings(tiny_run):
     ws = open_run(tiny_run)
     return {stage: make(ws) for stage, make in SETTINGS.items()}
 

@@ -65,6 +65,10 @@ def test_a_run_that_started_from_another_is_mended_from_there(run, monkeypatch):
     command = d.diagnose(run / "reward")[0].command
     assert command.startswith(f"minilm run {run / 'config.toml'} --redo reward ")
     assert command.endswith(f" --out {run} --init base")
+    told["borrowed"] = ["pretrain", "preferences"]
+    (run / "environment.json").write_text(json.dumps(told))
+    command = d.diagnose(run / "reward")[0].command
+    assert command.startswith(f"minilm reward {run / 'config.toml'} --redo reward ")
     write(run / "rlhf", [1.0, 1.0, 1.0, 30.0, 60.0, 90.0])
     told["borrowed"] = ["pretrain", "preferences", "reward"]
     (run / "environment.json").write_text(json.dumps(told))

@@ -1,5 +1,6 @@
 """A policy's figures: win rate by hand, exact KL against NumPy, the proxy as RLHF pays it."""
 
+import dataclasses
 import json
 
 import jax
@@ -15,7 +16,7 @@ from minilm.generate import Samples
 from minilm.model import Transformer, hidden_states, logits, sequence_score
 from minilm.rewards import Normalization, RewardModel
 from minilm.stages.policy import PolicyEvaluator, exact_kl, proxy_scores, win_rate
-from minilm.stages.workspace import Workspace
+from minilm.stages.workspace import Workspace, open_run
 
 VOCAB, PAD, EOS = 7, 0, 1
 TINY = ModelConfig(
@@ -167,3 +168,12 @@ def test_samples_before_and_after_lie_side_by_side(evaluator, tiny_run):
             stored[key], abs=1e-5
         )
     assert np.mean([row["kl"] for row in rows]) == pytest.approx(stored["kl"], rel=1e-5)
+
+
+def test_a_judge_is_looked_for_where_it_is_read(tiny_run):
+    ws = open_run(tiny_run)
+    judge = ws.config.judge.model_copy(update={"name": "nowhere_at_all:score"})
+    config = ws.config.model_copy(update={"judge": judge})
+    evaluator = PolicyEvaluator(dataclasses.replace(ws, config=config))
+    with pytest.raises(UserError, match="nowhere_at_all"):
+        assert evaluator.judge

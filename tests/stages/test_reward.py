@@ -112,7 +112,7 @@ def test_a_text_is_read_at_its_end_of_text_even_where_it_was_cut():
 def test_without_a_limit_a_text_is_read_to_its_end():
     prompts, texts = ["ab"] * 2, ["c de fgh", "abcdefgh" * 9]
     whole = score(prompts, texts, max_tokens=None)
-    np.testing.assert_array_equal(whole, score(prompts, texts, max_tokens=200))
+    np.testing.assert_allclose(whole, score(prompts, texts, max_tokens=200), atol=1e-5)
     cut = score(prompts, texts, max_tokens=48)
     assert cut[1] != pytest.approx(whole[1], abs=1e-4)
 
@@ -131,6 +131,20 @@ def test_batches_of_long_texts_are_smaller_and_score_the_same(monkeypatch):
     score(prompts, texts, max_tokens=16)
     score(["a"] * 3, ["b" * 200] * 3, max_tokens=None)
     assert shapes == [(2, 48), (4, 16), (1, 208)]
+
+
+def test_one_long_text_does_not_widen_the_others(monkeypatch):
+    prompts, texts = ["ab"] * 9, [*["c de fgh"] * 4, "abcdefgh" * 40, *["fgh"] * 4]
+    whole, shapes = score(prompts, texts, max_tokens=400), []
+    batched = r.batched
+
+    def watched(function, arrays, size):
+        shapes.append(arrays[0].shape)
+        return batched(function, arrays, size)
+
+    monkeypatch.setattr(r, "batched", watched)
+    np.testing.assert_allclose(score(prompts, texts, max_tokens=None), whole, atol=3e-5)
+    assert sorted(shapes) == [(1, 336), (4, 16), (4, 16)]
 
 
 @pytest.fixture

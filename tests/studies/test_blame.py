@@ -76,7 +76,7 @@ def test_clean_raters_have_no_liking_but_gold_and_label_the_same_pairs():
     assert _with_clean_labels(Config(preferences=PreferencesConfig(file="pairs.jsonl"))) is None
 
 
-def test_a_tiny_run_is_taken_apart(tiny_copy, compiling_once, capsys):
+def test_a_tiny_run_is_taken_apart(tiny_copy, capsys):
     """Every oracle runs with the run's own budget; what they leave can be read and resumed."""
     assert cli.main(["blame", str(tiny_copy)]) == 0
     found = json.loads((tiny_copy / "blame" / "blame.json").read_text())

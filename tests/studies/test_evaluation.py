@@ -1,21 +1,28 @@
 """`minilm evaluate`: the files it writes and what they hold."""
 
+import dataclasses
 import io
 import json
 import shutil
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
 from minilm import cli
-from minilm.stages.policy import PolicyEvaluator
-from minilm.stages.workspace import open_run
-from minilm.studies.curves import best_of_n_kl
-from minilm.studies.evaluation import collected_as_paid, render, shade, underline
+from minilm.configfile import load
+from minilm.files import write_json
+from minilm.generate import Samples
+from minilm.stages.policy import PolicyEvaluator, Scored
+from minilm.stages.workspace import Workspace, open_run
+from minilm.studies.curves import best_of_n, best_of_n_kl
+from minilm.studies.evaluation import collected_as_paid, compare, paid, render, shade, underline
+from minilm.studies.report_card import SAMPLES, searched
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny, tiny_run, tmp_path_factory, compiling_once):
+def evaluated(tiny, tiny_run, tmp_path_factory):
     """Two runs on one reward model, the second paid by gold too, at a KL price that moves."""
     folder = tmp_path_factory.mktemp("evaluate")
     first = shutil.copytree(tiny_run, folder / "first")
@@ -54,17 +61,67 @@ def test_the_win_rate_is_that_of_the_run_itself(evaluated):
 
 def test_every_arm_is_compared_with_the_best_of_n_of_its_own_reward_model(evaluated):
     found = json.loads((evaluated / "comparison.json").read_text())
-    by_n = json.loads((evaluated / "card.json").read_text())["search"]
+    pool = searched(PolicyEvaluator(open_run(evaluated.parent / "first")), "evaluation")
+    assert pool is not None
+    assert pool.gold is not None
+    proxy, gold = (x.astype(np.float64).reshape(-1, SAMPLES) for x in (pool.proxy, pool.gold))
     for arm in found["arms"].values():
         best = arm["best_of_n"]
+        assert best["prompts"] == len(proxy)
         assert best["kl"] <= arm["kl"] or best["n"] == 1
         assert best["kl"] == pytest.approx(best_of_n_kl(best["n"]))
-        at = dict(zip(by_n["n"], by_n["gold"], strict=True))
-        if best["n"] in at:
-            assert best["gold"] == pytest.approx(at[best["n"]])
-        for name in ("gold_win_rate", "beaten"):
+        assert best["gold"] == pytest.approx(best_of_n(proxy, gold, best["n"]).mean(), abs=1e-4)
+        for name in ("gold_win_rate", "arm_gold_win_rate", "beaten"):
             assert 0 <= best[name]["low"] <= best[name]["mean"] <= best[name]["high"] <= 1
-    assert any(arm["best_of_n"]["n"] in by_n["n"] for arm in found["arms"].values())
+
+
+def scored(prompts: list[str], each: int, gold: float) -> Scored:
+    repeated = [p for p in prompts for _ in range(each)]
+    n = len(repeated)
+    samples = Samples(*(jnp.zeros(shape) for shape in ((n, 1), (n, 1), (n, 1), (n,))))
+    proxy, told = (np.full(n, x, np.float32) for x in (0.0, gold))
+    return Scored(repeated, np.zeros((n, 1), np.int32), samples, repeated, proxy, told)
+
+
+@pytest.fixture
+def seeds(tiny, tmp_path) -> dict:
+    """Two runs that differ in their seed: one arm."""
+    spaces = {}
+    for seed in (0, 1):
+        run = tmp_path / f"seed_{seed}"
+        write_json(run / "rlhf" / "evaluation.json", {"kl": 1.5})
+        write_json(run / "reward" / "done.json", {"hash": "the same"})
+        spaces[run] = Workspace(load(tiny, ["--seed", str(seed)]), run, None, "float32")
+    return spaces
+
+
+def test_an_arm_with_prompts_of_several_seeds_is_not_compared_with_one_pool(seeds):
+    """Its second run's gold was paired row by row with the first run's prompts."""
+    policies, pools = {}, {}
+    for run, name, gold in zip(seeds, ("ask", "another"), (5.0, 9.0), strict=True):
+        prompts = [f"{name} {n}" for n in range(3)]
+        policies[run] = (scored(prompts, 1, gold), scored(prompts, 2, 0.0), {})
+        pools[run] = scored(prompts, SAMPLES, gold + 1)
+    (arm,) = compare(seeds, policies, pools)["arms"].values()
+    assert len(arm["runs"]) == 2
+    assert "best_of_n" not in arm
+    first = next(iter(seeds))
+    same = dict.fromkeys(seeds, policies[first]), dict.fromkeys(seeds, pools[first])
+    (arm,) = compare(seeds, *same)["arms"].values()
+    assert arm["best_of_n"]["beaten"]["mean"] == pytest.approx(0.0, abs=1e-12)
+    assert (arm["best_of_n"]["arm_gold"], arm["best_of_n"]["gold"]) == (5.0, pytest.approx(6.0))
+
+
+@pytest.mark.parametrize(
+    ("words", "alike"),
+    [([], True), (["--rlhf.steps", "9"], True), (["--seed", "1"], False),
+     (["--rlhf.missing-eos-score", "-5"], False), (["--prompts.max-new-tokens", "9"], False),
+     (["--judge.name", "length"], False)],
+)  # fmt: skip
+def test_a_pool_serves_those_who_would_be_paid_alike(seeds, tiny, words, alike):
+    space = next(iter(seeds.values()))
+    other = dataclasses.replace(space, config=load(tiny, ["--seed", "0", *words]))
+    assert (paid(other) == paid(space)) == alike
 
 
 def test_the_page_shows_the_same_prompts_before_and_after(evaluated):

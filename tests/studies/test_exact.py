@@ -18,7 +18,7 @@ from minilm.studies import exact
 
 
 @pytest.fixture(scope="module")
-def case(compiling_once):
+def case():
     """The language, a policy, its reference, and a reward for every completion."""
     world = exact.world(3, 3)
     policy, reference = exact.model_of(world, 1), exact.model_of(world, 2)

@@ -10,7 +10,7 @@ from minilm.studies import exact, oracle
 
 
 @pytest.fixture(scope="module")
-def task(compiling_once):
+def task():
     """One whose best completion is likely enough to be met: what is never sampled is not learnt."""
     return oracle.problem(3, vocab=3, length=3)
 
@@ -56,9 +56,7 @@ def test_the_frontier_is_that_of_the_tilted_reference(task, found):
     assert (np.array(best["reward"][1:]) <= most + 0.02).all()
 
 
-def test_the_command_writes_figures_and_a_picture_of_an_algorithms_rows(
-    tmp_path, capsys, compiling_once
-):
+def test_the_command_writes_figures_and_a_picture_of_an_algorithms_rows(tmp_path, capsys):
     words = ["oracle", "--out", str(tmp_path), "--algorithms", "grpo", "--steps", "5"]
     assert cli.main(words) == 0
     assert "of the optimum" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from minilm.studies.overoptimize import curve_of, render, sentence, summary
 
 
 @pytest.fixture(scope="module")
-def study(tiny, tiny_run, tmp_path_factory, compiling_once):
+def study(tiny, tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     words = ["overoptimize", str(tiny), "--init", str(tiny_run), "--out", str(out)]
     words += ["--study.seeds", "2", "--study.best_of", "4", "--study.best_of_prompts", "4"]

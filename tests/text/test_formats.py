@@ -132,6 +132,12 @@ def test_trls_unpaired_answers_are_good_ones_against_bad_ones_of_their_prompt():
     assert "`label` true and false" in str(refused.value)
 
 
+def test_an_empty_rating_beside_a_label_is_none():
+    rows = [{"prompt": "p", "completion": c, "label": c == "a", "rating": None} for c in "ab"]
+    (pair,) = pairs_from(rows, "rows.jsonl")
+    assert (pair.chosen, pair.rejected) == ("a", "b")
+
+
 @pytest.mark.parametrize("label", [1, "true", None, 0.0])
 def test_a_label_that_is_neither_true_nor_false_is_named(label):
     row = {"prompt": "p", "completion": "a", "label": label}

@@ -17,6 +17,7 @@ from minilm.text.preferences import (
     label_pairs,
     label_probabilities,
     pairs_from,
+    rater_agreement,
     rows_of,
 )
 from minilm.text.tokenizer import train_tokenizer
@@ -277,6 +278,17 @@ def test_the_share_of_votes_is_the_mean_over_the_raters_that_cast_them(band):
     p, _ = label_probabilities(pairs[:1], PreferencesConfig(**dials))
     expected = np.mean(means) if pairs[0].chosen == "story 0" else 1 - np.mean(means)
     np.testing.assert_allclose(p, [expected])
+
+
+@pytest.mark.parametrize("raters", [1, 2, 5])
+def test_two_votes_agree_as_often_as_all_pairs_of_votes_say(raters):
+    config = PreferencesConfig(raters=raters, flip_rate=0.1)
+    gaps = (1.5, -0.4, -2.0)
+    pair = Pair("", "a", "b", 1, raters, 1.0, 0.0, seen_gaps=gaps)
+    p = [0.1 + 0.8 * sigmoid(gap) for gap in (gaps * 2)[:raters]]
+    both = [(a, b) for i, a in enumerate(p) for j, b in enumerate(p) if i != j or raters == 1]
+    expected = np.mean([a * b + (1 - a) * (1 - b) for a, b in both])
+    np.testing.assert_allclose(rater_agreement([pair], config), [expected])
 
 
 def test_what_one_rater_saw_is_read_of_older_files_too():
