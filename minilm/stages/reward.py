@@ -30,7 +30,7 @@ from minilm.train import fit
 
 REFERENCES = 256  # completions that set the scale of a reward learnt from users' pairs, to 6 %
 ATTENDED = 64 * 512**2  # pairs of positions that a batch of texts to score has, a head
-MAX_GROUP = 8  # completions of a prompt scored together; larger groups, if no lists, become pairs
+GROUP, MAX_GROUP = 8, 32  # completions scored together; of prompts that have more than others, 8
 _scores = jax.jit(sequence_score)
 
 
@@ -347,16 +347,16 @@ class _Group(NamedTuple):
 def _groups(
     pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int, *, lists: bool = False
 ) -> list[_Group]:
-    """Pairs by prompt, without those that have a longer text; with `lists` none falls apart."""
+    """Pairs by prompt, the long left out; one far larger than most, to whose shape all others would
+    be padded, falls apart into pairs, unless they are `lists`."""
     by_prompt: dict[str, list[Pair]] = {}
     for pair in fitting(pairs, tokenizer, max_tokens):
         by_prompt.setdefault(pair.prompt, []).append(pair)
-    groups = []
+    groups, sizes = [], {k: len({t for p in ps for t in p[1:3]}) for k, ps in by_prompt.items()}
+    most = min(max(GROUP, float(np.median([*sizes.values()]))), MAX_GROUP)
     for prompt, members in by_prompt.items():
-        texts = {text for p in members for text in (p.chosen, p.rejected)}
-        for part in [members] if lists or len(texts) <= MAX_GROUP else [[p] for p in members]:
-            several = dict.fromkeys(text for p in part for text in (p.chosen, p.rejected))
-            index = {text: i for i, text in enumerate(several)}
+        for part in [members] if lists or sizes[prompt] <= most else [[p] for p in members]:
+            index = {t: i for i, t in enumerate(dict.fromkeys(t for p in part for t in p[1:3]))}
             labels = [(index[p.chosen], index[p.rejected], p.votes_chosen / p.votes) for p in part]
             encoded = [encode(tokenizer, prompt, text) for text in index]
             groups.append(_Group(encoded, labels, _ratings(part, index)))

@@ -1,5 +1,6 @@
 """The reward model's batches, its report card by hand, and scores that no batch moves."""
 
+import itertools
 import math
 
 import jax
@@ -82,6 +83,22 @@ def test_a_prompt_with_many_completions_falls_apart_into_pairs(monkeypatch):
     assert [len(g.pairs) for g in groups] == [1] * 6
     labels = [share for g in groups for *_, share in g.pairs]
     assert labels == [p.votes_chosen / p.votes for p in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [([12, 12, 12], 3), ([8, 2, 2], 3), ([12, 2, 2], 66 + 2), ([40, 40, 40], 3 * 780)],
+)
+def test_as_many_completions_as_most_prompts_have_stay_together(sizes, groups):
+    """Twelve each were 66 pairs a prompt, and each text was scored eleven times."""
+    pairs = [
+        Pair("abc"[k], "a" * i, "a" * j, 1, 1)
+        for k, size in enumerate(sizes)
+        for i, j in itertools.combinations(range(1, size + 1), 2)
+    ]
+    found = r._groups(pairs, TOKENIZER, max_tokens=64)
+    assert len(found) == groups
+    assert sum(len(g.pairs) for g in found) == len(pairs)
 
 
 def test_long_pairs_are_left_out_and_nothing_left_is_an_error():
