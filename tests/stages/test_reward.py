@@ -87,7 +87,7 @@ def test_a_prompt_with_many_completions_falls_apart_into_pairs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("sizes", "groups"),
-    [([12, 12, 12], 3), ([8, 2, 2], 3), ([12, 2, 2], 66 + 2), ([40, 40, 40], 3 * 780)],
+    [([12, 9, 20], 3), ([8, 2, 2], 3), ([12, 2, 2], 66 + 2), ([40, 40, 40], 3 * 780)],
 )
 def test_as_many_completions_as_most_prompts_have_stay_together(sizes, groups):
     """Twelve each were 66 pairs a prompt, and each text was scored eleven times."""
