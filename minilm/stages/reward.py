@@ -30,7 +30,7 @@ from minilm.train import fit
 
 REFERENCES = 256  # completions that set the scale of a reward learnt from users' pairs, to 6 %
 ATTENDED = 64 * 512**2  # pairs of positions that a batch of texts to score has, a head
-GROUP, MAX_GROUP = 8, 32  # completions scored together: twice as many as most have, 8 to 32
+GROUP, MAX_GROUP = 8, 32  # completions scored together: four times the mean, 8 to 32
 _scores = jax.jit(sequence_score)
 
 
@@ -353,7 +353,7 @@ def _groups(
     for pair in fitting(pairs, tokenizer, max_tokens):
         by_prompt.setdefault(pair.prompt, []).append(pair)
     groups, sizes = [], {k: len({t for p in ps for t in p[1:3]}) for k, ps in by_prompt.items()}
-    most = min(max(GROUP, 2 * float(np.median([*sizes.values()]))), MAX_GROUP)
+    most = min(max(GROUP, 4 * float(np.mean([*sizes.values()]))), MAX_GROUP)
     for prompt, members in by_prompt.items():
         for part in [members] if lists or sizes[prompt] <= most else [[p] for p in members]:
             index = {t: i for i, t in enumerate(dict.fromkeys(t for p in part for t in p[1:3]))}

@@ -87,12 +87,12 @@ def test_a_prompt_with_many_completions_falls_apart_into_pairs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("sizes", "groups"),
-    [([12, 9, 20], 3), ([8, 2, 2], 3), ([12, 2, 2], 66 + 2), ([40, 40, 40], 3 * 780)],
+    [([12, 9, 30], 3), ([8, *9 * [2]], 10), ([30, *9 * [2]], 435 + 9), ([40, 40, 40], 3 * 780)],
 )
-def test_as_many_completions_as_most_prompts_have_stay_together(sizes, groups):
+def test_completions_stay_together_where_that_pads_little(sizes, groups):
     """Twelve each were 66 pairs a prompt, and each text was scored eleven times."""
     pairs = [
-        Pair("abc"[k], "a" * i, "a" * j, 1, 1)
+        Pair("b" * (k + 1), "a" * i, "a" * j, 1, 1)
         for k, size in enumerate(sizes)
         for i, j in itertools.combinations(range(1, size + 1), 2)
     ]
