@@ -311,7 +311,8 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
         for key, name in judges.items():
             if ":" in name:
                 imported(name, key)
-                paths += [sys.modules[name.partition(":")[0]].__file__ or ""]
+                file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+                paths += [file] if file else []  # one that is built in has none
     return digests(paths)
 
 

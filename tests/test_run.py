@@ -278,6 +278,7 @@ def test_a_judge_of_the_users_own_is_an_input_of_what_it_labels_and_pays(
         read[key] = [list(run._files_read(stage, config)) for stage in ("preferences", "rlhf")]
     one = [str(path)]
     assert read == {"judge.name": [one, one], "preferences.rater-judge": [one, []]}
+    assert run._files_read("rlhf", load(tiny, ["--judge.name", "builtins:len"])) == {}
 
 
 @pytest.mark.parametrize(

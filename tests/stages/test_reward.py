@@ -309,7 +309,10 @@ def test_a_list_of_ten_is_paid_for_as_a_whole(ws):
         ("centering", {}, 45),
     ],
 )
-def test_long_lists_stay_whole_where_a_term_reads_more_than_pairs(ws, name, row, lists):
+def test_long_lists_stay_whole_where_a_term_reads_more_than_pairs(
+    ws, name, row, lists, monkeypatch
+):
+    monkeypatch.setattr(r, "MAX_GROUP", 8)  # ten are too many
     objective = {name: {"weight": 0.1} | row}
     batches = r.Pairs(space(ws, objective=objective, reward={"batch_size": 1}), LONG_LIST)
     assert (batches.steps, batches.left_out) == (lists, 0)
