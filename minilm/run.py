@@ -311,7 +311,7 @@ def _files_read(stage: str, config: Config) -> dict[str, str]:
         for key, name in judges.items():
             if ":" in name:
                 imported(name, key)
-                file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+                file = vars(sys.modules[name.partition(":")[0]]).get("__file__")
                 paths += [file] if file else []  # one that is built in has none
     return digests(paths)
 
