@@ -132,9 +132,12 @@ def compiled(shared) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _compiling_once(compiled) -> None:
     """Every test takes programs from there, and leaves its own."""
+    from jax.experimental.compilation_cache import compilation_cache
+
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     for name, value in CACHE.items():
         jax.config.update(name.lower(), int(value))
+    compilation_cache.reset_cache()  # what the imports compiled has settled that there is none
 
 
 @pytest.fixture(scope="session")
